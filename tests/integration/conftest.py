@@ -1,0 +1,156 @@
+"""The fixture `slurm_cluster`: a real SLURM cluster of network namespaces on this machine (tests/slurm_cluster/)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "tests" / "slurm_cluster" / "cluster.sh"
+PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge", "iproute2"]
+PROGRAMS = ["slurmctld", "slurmd", "sbatch", "srun", "munged", "ip", "nsenter", "unshare"]
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+
+
+class SlurmCluster:
+    """A running cluster. Commands run on the node ``ctl`` (controller and login node) unless another is named."""
+
+    def __init__(self, directory: Path, prefix: str, nodes: int) -> None:
+        self.directory = directory
+        self.prefix = prefix
+        self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
+
+    def start(self) -> None:
+        done = self._script("up", self.prefix, str(len(self.nodes)))
+        assert done.returncode == 0, f"the SLURM cluster did not start:\n{done.stdout}{done.stderr}"
+
+    def stop(self) -> None:
+        self._script("down", self.prefix)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def run(
+        self,
+        argv: list[str],
+        node: str = "ctl",
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = 60,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on a node; ``env`` is added to this process's environment."""
+        # A rank's variables of the test runner would be inherited by the jobs.
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        variables |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+        return subprocess.run(
+            [str(SCRIPT), "in", str(self.directory), node, *argv],
+            capture_output=True,
+            text=True,
+            env=variables,
+            cwd=cwd or self.directory,
+            timeout=timeout,
+            check=False,
+        )
+
+    def state(self, job_id: str) -> str:
+        """The job's state as squeue says it, e.g. RUNNING; empty when the controller has forgotten the job."""
+        return self.run(["squeue", "-h", "-t", "all", "-j", job_id, "-o", "%T"]).stdout.strip()
+
+    def fields(self, job_id: str) -> dict[str, str]:
+        """`scontrol show job` as a dictionary."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.run(["scontrol", "show", "job", job_id, "-o"]).stdout))
+
+    def wait(self, job_id: str, timeout: float = 60) -> str:
+        """Wait until the job has ended for good and return its state. A requeued job is started without its delay."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            state = self.state(job_id)
+            if state in ENDED or not state:
+                return state
+            if state == "PENDING" and self.fields(job_id).get("Reason") == "BeginTime":
+                self.run(["scontrol", "update", f"jobid={job_id}", "StartTime=now"])
+            time.sleep(0.2)
+        raise AssertionError(f"job {job_id} did not end within {timeout} s: {self.fields(job_id)}")
+
+    def wait_for(self, path: Path, timeout: float = 30) -> None:
+        """Wait until a job has made ``path``, with something in it."""
+        deadline = time.monotonic() + timeout
+        while not (path.exists() and path.stat().st_size > 0):
+            assert time.monotonic() < deadline, f"{path} did not appear within {timeout} s"
+            time.sleep(0.05)
+
+    def cut(self, node: str) -> None:
+        """Pull the network cable of a node."""
+        self._script("cut", node)
+
+    def heal(self, node: str) -> None:
+        """Plug it in again."""
+        self._script("heal", node)
+
+    def crash(self, node: str) -> None:
+        """Kill every process of a node at once."""
+        self._script("crash", node)
+
+    def boot(self, node: str) -> None:
+        """Start slurmd of a crashed node."""
+        self._script("boot", node)
+
+    def _script(self, action: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(SCRIPT), action, str(self.directory), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[SlurmCluster]:
+    """A cluster of 2 nodes (8 CPUs and 4 pretended GPUs each), made once and torn down always."""
+    _require_packages()
+    _remove_abandoned()
+    directory = Path(tempfile.mkdtemp(prefix=f"trainer-slurm-{os.getpid()}-", dir="/tmp"))  # short: a socket lies in it
+    directory.chmod(0o755)
+    cluster = SlurmCluster(directory, _prefix(os.getpid()), nodes=2)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def _prefix(pid: int) -> str:
+    return f"trainer-slurm-{pid}"
+
+
+def _require_packages() -> None:
+    """Install what is missing. Where that can't be done: a failure in CI, a skip with its reason elsewhere."""
+    if os.geteuid() != 0:
+        _give_up("a SLURM cluster of network namespaces needs root")
+    if all(shutil.which(program) for program in PROGRAMS):
+        return
+    if shutil.which("apt-get") is None:
+        _give_up(f"needs {' '.join(PACKAGES)}, and this is not Debian")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for arguments in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
+        done = subprocess.run(
+            ["apt-get", *arguments], capture_output=True, text=True, env=environment, timeout=280, check=False
+        )
+        if done.returncode != 0:
+            _give_up(f"apt-get {arguments[0]} failed: {done.stderr.strip()[-500:]}")
+
+
+def _give_up(reason: str) -> None:
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{reason} (never skipped in CI)")
+    pytest.skip(reason)
+
+
+def _remove_abandoned() -> None:
+    """Take down clusters whose test run was killed: their names carry its process id."""
+    for directory in Path("/tmp").glob("trainer-slurm-*"):
+        match = re.fullmatch(r"trainer-slurm-(\d+)-\w+", directory.name)
+        if match is not None and not Path(f"/proc/{match[1]}").exists():
+            SlurmCluster(directory, _prefix(int(match[1])), nodes=0).stop()

@@ -1,0 +1,177 @@
+"""Where checkpoints lie and which of them exist: a checkpoint exists when its manifest does.
+
+RUN/checkpoints/step-00000050/manifest.json + the files it lists; ``latest`` names the newest. What is read here may
+have been cut short by a crash or changed by somebody, so nothing in it is trusted: names are plain file names, files
+are regular files in the directory itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from pathlib import Path
+from typing import Any, cast
+
+FORMAT = "trainer-checkpoint"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+POINTER_NAME = "latest"
+
+_STEP_NAME = re.compile(r"step-([0-9]{8,18})")
+_TEMPORARY_NAME = re.compile(r"\.step-([0-9]{8,18})\.tmp-.+")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_DIGEST = re.compile(r"[0-9a-f]{16}")
+_POINTER_BYTES = 4096
+
+
+def checkpoints_directory(run_directory: Path) -> Path:
+    """Return RUN/checkpoints."""
+    return run_directory / "checkpoints"
+
+
+def step_name(step: int) -> str:
+    """Return the directory name of a step: step-00000050."""
+    return f"step-{step:08d}"
+
+
+def parse_step_name(name: str) -> int | None:
+    """Return the step of a directory name, None if it is not exactly one that :func:`step_name` makes."""
+    match = _STEP_NAME.fullmatch(name)
+    step = int(match.group(1)) if match else None
+    return step if step is not None and step_name(step) == name else None
+
+
+def step_directory(run_directory: Path, step: int) -> Path:
+    """Return where the checkpoint of ``step`` is committed to."""
+    return checkpoints_directory(run_directory) / step_name(step)
+
+
+def temporary_directory(run_directory: Path, step: int, attempt: str) -> Path:
+    """Return where the checkpoint of ``step`` is written before it is committed: .step-00000050.tmp-<attempt>."""
+    return checkpoints_directory(run_directory) / f".{step_name(step)}.tmp-{attempt}"
+
+
+def temporary_directories(run_directory: Path) -> list[Path]:
+    """Return what interrupted writers left behind."""
+    return [path for path in _entries(run_directory) if _TEMPORARY_NAME.fullmatch(path.name)]
+
+
+def pointer_path(run_directory: Path) -> Path:
+    """Return RUN/checkpoints/latest."""
+    return checkpoints_directory(run_directory) / POINTER_NAME
+
+
+def manifest_path(directory: Path) -> Path:
+    """Return the manifest of a checkpoint directory."""
+    return directory / MANIFEST_NAME
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """Return the manifest of ``directory``, None if it is missing, unreadable, not ours or of another step.
+
+    The version is left to the reader: a checkpoint of a newer version exists, and must be refused aloud.
+    """
+    path = manifest_path(directory)
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return None
+        manifest: object = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(manifest, dict):
+        return None
+    fields = cast("dict[str, Any]", manifest)
+    step: object = fields.get("step")
+    if fields.get("format") != FORMAT or type(step) is not int or step != parse_step_name(directory.name):
+        return None
+    return fields
+
+
+def is_file_name(name: object) -> bool:
+    """Return whether a manifest may list ``name``: a plain file name that isn't the manifest's own."""
+    return isinstance(name, str) and _FILE_NAME.fullmatch(name) is not None and name != MANIFEST_NAME
+
+
+def find_problems(directory: Path) -> list[str]:
+    """Return what keeps ``directory`` from being a complete checkpoint; contents are not hashed here."""
+    if directory.is_symlink() or not directory.is_dir():
+        return ["not a directory"]
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return [f"{MANIFEST_NAME} is missing, unreadable or of another step"]
+    files: object = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        return [f"{MANIFEST_NAME} lists no files"]
+    listed = cast("dict[object, object]", files)
+    return [problem for name, facts in listed.items() if (problem := _file_problem(directory, name, facts))]
+
+
+def is_complete(directory: Path) -> bool:
+    """Return whether the manifest is sound and every file it lists is there with the size it states."""
+    return not find_problems(directory)
+
+
+def step_directories(run_directory: Path) -> list[tuple[int, Path]]:
+    """Return (step, directory) of every committed checkpoint, oldest first. Links are no checkpoints."""
+    found: list[tuple[int, Path]] = []
+    for path in _entries(run_directory):
+        step = parse_step_name(path.name)
+        if step is not None and not path.is_symlink() and read_manifest(path) is not None:
+            found.append((step, path))
+    return sorted(found)
+
+
+def newest(run_directory: Path) -> tuple[int, Path] | None:
+    """Return (step, directory) of the newest complete checkpoint, None if there is none."""
+    for step, path in reversed(step_directories(run_directory)):
+        if is_complete(path):
+            return step, path
+    return None
+
+
+def read_pointer(run_directory: Path) -> tuple[int, Path] | None:
+    """Return (step, directory) that ``latest`` names, or :func:`newest` where it names no complete checkpoint.
+
+    A kill between commit and pointer leaves ``latest`` one checkpoint behind; a resume should ask :func:`newest`.
+    """
+    try:
+        with pointer_path(run_directory).open("rb") as file:
+            name = file.read(_POINTER_BYTES).decode("ascii").strip()
+    except (OSError, ValueError):
+        return newest(run_directory)
+    step = parse_step_name(name)
+    if step is not None:
+        directory = step_directory(run_directory, step)
+        if is_complete(directory):
+            return step, directory
+    return newest(run_directory)
+
+
+def _entries(run_directory: Path) -> list[Path]:
+    try:
+        return sorted(checkpoints_directory(run_directory).iterdir())
+    except OSError:
+        return []
+
+
+def _file_problem(directory: Path, name: object, facts: object) -> str | None:
+    if not is_file_name(name):
+        return f"{name!r} is no plain file name"
+    if not isinstance(facts, dict):
+        return f"{name}: no size in the manifest"
+    fields = cast("dict[str, object]", facts)
+    size, digest = fields.get("bytes"), fields.get("xxh3_64")
+    if type(size) is not int or size < 0:
+        return f"{name}: no size in the manifest"
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        return f"{name}: no xxh3_64 in the manifest"
+    try:
+        found = (directory / str(name)).lstat()
+    except OSError as error:
+        return f"{name}: {error.strerror}"
+    if not stat.S_ISREG(found.st_mode):
+        return f"{name}: not a regular file"
+    if found.st_size != size:
+        return f"{name}: {found.st_size} bytes, the manifest says {size}"
+    return None

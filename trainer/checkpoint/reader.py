@@ -1,0 +1,84 @@
+"""Read slices of logical tensors out of a checkpoint, whatever shape it was written at."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.checkpoint import layout, random_state
+from trainer.checkpoint.shard_file import ShardReader
+from trainer.checkpoint.writer import slice_key
+from trainer.core.errors import CheckpointError
+
+
+class CheckpointReader:
+    """Implements trainer.engine.base.StateReader over one committed checkpoint."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open ``directory``. Raises CheckpointError if it is incomplete or of a newer format."""
+        problems = layout.find_problems(directory)
+        if problems:
+            raise CheckpointError(f"{directory} is no complete checkpoint: " + "; ".join(problems))
+        manifest = layout.read_manifest(directory)
+        assert manifest is not None
+        if manifest.get("version") != layout.VERSION:
+            raise CheckpointError(
+                f"{directory}: format version {manifest.get('version')!r}, this trainer reads {layout.VERSION}: upgrade it"
+            )
+        self.directory = directory
+        self.step: int = manifest["step"]
+        self.world_size: int = manifest["world_size"]
+        self.state: dict[str, Any] = manifest["state"]
+        self.model: dict[str, Any] = manifest["model"]
+        self._tensors: dict[str, Any] = manifest["tensors"]
+        self._shards: list[str] = [name for name in manifest["shards"] if name in manifest["files"]]
+        if self._shards != manifest["shards"]:
+            raise CheckpointError(f"{directory}: the manifest names shards that it does not list")
+        self._open: dict[int, ShardReader] = {}
+
+    def names(self) -> list[str]:
+        """Return the names of all logical tensors."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the global shape of a logical tensor."""
+        return tuple(self._tensors[name]["shape"])
+
+    def read(self, name: str, key: str, start: int, count: int) -> torch.Tensor:
+        """Return ``count`` elements from ``start`` of the flattened tensor, on the CPU.
+
+        Raises CheckpointError if the checkpoint has no such state or does not cover the range.
+        """
+        states = self._tensors.get(name, {}).get("states", {})
+        if key not in states:
+            raise CheckpointError(f"{self.directory} holds no {key!r} of {name!r}")
+        result = torch.empty(count, dtype=getattr(torch, states[key]["dtype"]))
+        filled = 0
+        for index, slice_start, slice_count in states[key]["slices"]:
+            low, high = max(start, slice_start), min(start + count, slice_start + slice_count)
+            if low < high:
+                piece = self._shard(index).read(slice_key(name, key), low - slice_start, high - low)
+                result[low - start : high - start] = piece
+                filled += high - low
+        if filled != count:
+            raise CheckpointError(f"{self.directory}: {name!r} {key!r} has {filled} of {count} elements from {start}")
+        return result
+
+    def whole(self, name: str, key: str = "weight") -> torch.Tensor:
+        """Return a whole logical tensor in its shape."""
+        shape = self.shape(name)
+        return self.read(name, key, 0, math.prod(shape)).reshape(shape)
+
+    def random_states(self, rank: int) -> dict[str, torch.Tensor]:
+        """Return what ``random_state.capture`` returned on ``rank``."""
+        shard = self._shard(rank)
+        keys = [key for key in shard.keys() if key.startswith(random_state.PREFIX)]  # noqa: SIM118 - not a mapping
+        return {key: shard.read(key, 0, 2**31) for key in keys}
+
+    def _shard(self, index: int) -> ShardReader:
+        if index not in self._open:
+            self._open[index] = ShardReader(self.directory / self._shards[index])
+        return self._open[index]

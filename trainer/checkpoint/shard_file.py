@@ -1,0 +1,89 @@
+"""One rank's shard: a safetensors file of flat slices, written in one pass and hashed while it is written.
+
+The format is safetensors' own (8-byte header length, JSON header, raw little-endian data), so any tool opens it. It is
+written here because the library wants every tensor as bytes in memory first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import xxhash
+from safetensors import safe_open
+
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_CHUNK_BYTES = 16 * 2**20
+
+
+def write_shard(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[int, str]:
+    """Write flat tensors under unique keys, fsync, and return (bytes, xxh3_64 hex). Raises OSError."""
+    entries = [(key, tensor.detach()) for key, tensor in tensors]
+    header: dict[str, object] = {}
+    offset = 0
+    for key, tensor in entries:
+        end = offset + tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = xxhash.xxh3_64()
+    with path.open("xb") as file:
+        for block in (len(text).to_bytes(8, "little"), text):
+            digest.update(block)
+            file.write(block)
+        for _, tensor in entries:
+            flat = memoryview(tensor.cpu().contiguous().view(torch.uint8).numpy())
+            for start in range(0, len(flat), _CHUNK_BYTES):
+                chunk = flat[start : start + _CHUNK_BYTES]
+                digest.update(chunk)
+                file.write(chunk)
+        size = file.tell()
+        file.flush()
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """Return the xxh3_64 of a file's contents. Raises OSError."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class ShardReader:
+    """Reads slices of one shard; only the pages asked for are touched."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(str(path), framework="pt")
+        self._keys = set(self._file.keys())
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        del self._file
+
+    def keys(self) -> set[str]:
+        """Return the keys of the shard."""
+        return self._keys
+
+    def read(self, key: str, start: int, count: int) -> torch.Tensor:
+        """Return ``count`` elements of the flat tensor ``key`` from ``start``."""
+        return self._file.get_slice(key)[start : start + count]

@@ -1,0 +1,25 @@
+"""Check the contents of a checkpoint against its manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer.checkpoint import layout
+from trainer.checkpoint.shard_file import hash_file
+
+
+def damaged_files(directory: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """Return what is wrong with every ``parts``-th file from ``part``: missing, of another size, changed contents."""
+    problems = layout.find_problems(directory)
+    manifest = layout.read_manifest(directory)
+    if problems or manifest is None:
+        return problems
+    for name, facts in sorted(manifest["files"].items())[part::parts]:
+        try:
+            found = hash_file(directory / name)
+        except OSError as error:
+            problems.append(f"{name}: {error.strerror}")
+            continue
+        if found != facts["xxh3_64"]:
+            problems.append(f"{name}: contents changed (xxh3_64 {found}, the manifest says {facts['xxh3_64']})")
+    return problems

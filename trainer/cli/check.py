@@ -1,0 +1,42 @@
+"""``trainer check``: refuse a bad run in under a second, without a GPU and without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def check(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML).", show_default=False)] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
+    world_size: Annotated[int | None, typer.Option(help="Ranks; default: as many as the recipe starts.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
+) -> None:
+    """Check a recipe: every problem at once, exit code 2 if there is any. Nothing is started or written."""
+    if schema:
+        from trainer.config.schema import json_schema
+
+        typer.echo(json.dumps(json_schema(), indent=2))
+        return
+    if recipe is None:
+        raise typer.BadParameter("give a recipe, or --schema", param_hint="RECIPE")
+    from trainer.config.deepspeed_json import stage_of
+    from trainer.preflight.check import prepare
+
+    prepared = prepare(recipe, overrides or (), world_size)
+    derived, batch = prepared.derived, prepared.recipe.batch
+    tokens = derived.total_steps * derived.tokens_per_step
+    lines = {
+        "run": f"{prepared.recipe.run.name} in {prepared.recipe.run.directory}",
+        "ranks": f"{derived.world_size}, of which {derived.data_parallel} data-parallel",
+        "batch": f"{batch.global_size} = {batch.micro_size} micro x {derived.accumulation} accumulation "
+        f"x {derived.data_parallel} ranks",
+        "steps": f"{derived.total_steps:,} of {derived.tokens_per_step:,} tokens = {tokens:,} tokens",
+        "ZeRO": f"stage {stage_of(prepared.deepspeed)}, {prepared.recipe.model.dtype}",
+    }
+    typer.echo(f"{recipe}: ok")
+    for name, text in lines.items():
+        typer.echo(f"  {name:<6} {text}")

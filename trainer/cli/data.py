@@ -1,0 +1,240 @@
+"""`trainer data`: train a tokenizer, tokenize corpora, look at token shards and check them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from trainer.data.shards import TokenShards
+    from trainer.data.tokenize import Progress
+
+app = typer.Typer(help="Tokenizers and token shards.", no_args_is_help=True)
+
+# Lines of a log file, where nobody watches a bar.
+_PLAIN_SECONDS = 10.0
+
+
+class _Kind(StrEnum):
+    bpe = "bpe"
+    sentencepiece = "sentencepiece"
+
+
+class ManyInputs(TyperCommand):
+    """A command whose ``--input`` takes several values: ``--input a b c`` is ``--input a --input b --input c``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_repeat_input(args)))
+
+
+def _repeat_input(args: list[str]) -> Iterator[str]:
+    after_input = False
+    for position, arg in enumerate(args):
+        if arg == "--":
+            yield from args[position:]
+            return
+        if arg.startswith("-"):
+            after_input = arg == "--input" or arg.startswith("--input=")
+        elif after_input and args[position - 1] != "--input":
+            yield "--input"
+        yield arg
+
+
+Inputs = Annotated[
+    list[str],
+    typer.Option(
+        "--input",
+        metavar="PATH...",
+        help="Files (text, .jsonl[.gz|.zst], .parquet), directories or a `datasets` id; several may follow.",
+        show_default=False,
+    ),
+]
+TextKey = Annotated[str, typer.Option(help="Key or column that holds the text, in .jsonl, .parquet and `datasets`.")]
+Split = Annotated[str, typer.Option(help="Split of a `datasets` id.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Prefix = Annotated[str, typer.Argument(metavar="PREFIX", help="PREFIX.bin and PREFIX.idx, without the suffix.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command("tokenizer", cls=ManyInputs)
+def tokenizer_command(
+    inputs: Inputs,
+    output: Annotated[str, typer.Option(metavar="DIR", help="Directory that AutoTokenizer will load.")],
+    vocab_size: Annotated[int, typer.Option(metavar="N", help="Number of token ids.")],
+    kind: Annotated[
+        _Kind, typer.Option(help="bpe: byte-level BPE; sentencepiece: BPE with byte fallback.")
+    ] = _Kind.bpe,
+    text_key: TextKey = "text",
+    split: Split = "train",
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a tokenizer."""
+    from trainer.data.tokenizer import train_tokenizer
+
+    start = time.monotonic()
+    num_ids = train_tokenizer(
+        inputs, output, vocab_size, kind.value, text_key=text_key, split=split, overwrite=overwrite
+    )
+    typer.echo(f"{output}: {kind.value} tokenizer with {num_ids:,} ids ({time.monotonic() - start:.1f} s)")
+    if num_ids < vocab_size:
+        typer.echo(f"warning: the text is too small for {vocab_size:,} ids", err=True)
+
+
+@app.command("tokenize", cls=ManyInputs)
+def tokenize_command(
+    inputs: Inputs,
+    tokenizer: Annotated[str, typer.Option(metavar="DIR_OR_ID", help="Tokenizer directory or Hugging Face id.")],
+    output: Annotated[str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, PREFIX.idx and PREFIX.json.")],
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes; default: one a core.")] = None,
+    text_key: TextKey = "text",
+    split: Split = "train",
+    validation_fraction: Annotated[
+        float,
+        typer.Option(metavar="F", help="Share of documents, chosen by a hash of their text, kept for validation."),
+    ] = 0.0,
+    validation_output: Annotated[
+        str | None, typer.Option(metavar="PREFIX", help="Where the validation documents go.")
+    ] = None,
+    end_of_document: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="Token that ends a document; default: the tokenizer's eos token."),
+    ] = None,
+    parse_special_tokens: Annotated[
+        bool, typer.Option("--parse-special-tokens", help="Special tokens spelled out in the text become their ids.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hugging Face id.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn corpora into token shards."""
+    from trainer.data.tokenize import tokenize
+
+    with _progress() as progress:
+        written = tokenize(
+            inputs,
+            tokenizer,
+            output,
+            workers,
+            text_key,
+            split,
+            revision=revision,
+            end_of_document=end_of_document,
+            parse_special_tokens=parse_special_tokens,
+            validation_fraction=validation_fraction,
+            validation_output=validation_output,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    for result in written:
+        report = result.report
+        typer.echo(
+            f"{result.prefix}: {result.num_documents:,} documents, {result.num_tokens:,} tokens, "
+            f"{report['bytes_per_token']:.2f} bytes a token, {report['unknown_fraction']:.2%} unknown, "
+            f"{report['unigram_entropy_bits']:.2f} bits of entropy a token"
+        )
+    for warning in dict.fromkeys(warning for result in written for warning in result.warnings):
+        typer.echo(f"warning: {warning}", err=True)
+
+
+@app.command("info")
+def info_command(prefix: Prefix, as_json: AsJson = False) -> None:
+    """Print the facts of token shards."""
+    from trainer.data.shards import TokenShards
+
+    facts = _facts(TokenShards(prefix))
+    if as_json:
+        typer.echo(json.dumps(facts, ensure_ascii=False))
+        return
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {item}" for name, item in value.items()) or "unknown"
+        for line in value if isinstance(value, list) else [value]:
+            shown = "unknown" if line is None else f"{line:,}" if isinstance(line, int) else line
+            typer.echo(f"{key.replace('_', ' '):<20} {shown}")
+
+
+@app.command("verify")
+def verify_command(
+    prefix: Prefix,
+    full: Annotated[bool, typer.Option("--full", help="Read every byte, not a sample of blocks.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check token shards for damage; exit code 2 if there is any."""
+    from trainer.core.errors import DataError
+    from trainer.data.shards import TokenShards, verify
+
+    problems = verify(prefix, full)
+    if as_json:
+        listed = [{"key": p.key, "value": str(p.value), "rule": p.rule, "fix": p.fix} for p in problems]
+        typer.echo(json.dumps({"prefix": prefix, "full": full, "ok": not problems, "problems": listed}))
+        if problems:
+            raise typer.Exit(DataError.exit_code)
+        return
+    if problems:
+        raise DataError(problems, title=f"{prefix} is damaged")
+    shards = TokenShards(prefix)
+    extent = "every block" if full else "index and a sample of blocks (--full reads everything)"
+    typer.echo(f"{prefix}: sound, {extent}: {shards.num_documents:,} documents, {shards.num_tokens:,} tokens")
+    for note in shards.notes:
+        typer.echo(f"note: {note}", err=True)
+
+
+def _facts(shards: TokenShards) -> dict[str, Any]:
+    sidecar = shards.sidecar
+    return {
+        "prefix": shards.prefix,
+        "num_documents": shards.num_documents,
+        "num_tokens": shards.num_tokens,
+        "tokens_per_document": round(shards.num_tokens / shards.num_documents, 1),
+        "dtype": shards.dtype.name,
+        "bin_bytes": shards.num_tokens * shards.dtype.itemsize,
+        "vocab_size": shards.vocab_size,
+        "end_of_document_id": shards.end_of_document_id,
+        "tokenizer": {"name": sidecar.tokenizer_name, "hash": sidecar.tokenizer_hash} if sidecar else None,
+        "fingerprint": shards.fingerprint,
+        "tool_version": sidecar.tool_version if sidecar else None,
+        "report": sidecar.report if sidecar else None,
+        "notes": list(shards.notes),
+    }
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, a line every ten seconds elsewhere; on stderr, so that stdout holds results only."""
+    if not sys.stderr.isatty():
+        yield _PlainProgress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("tokenizing"), BarColumn(), TextColumn("{task.fields[facts]}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None, facts="")
+
+        def show(progress: Progress) -> None:
+            bar.update(task, total=progress.total_bytes, completed=progress.bytes_done, facts=_line(progress))
+
+        yield show
+
+
+class _PlainProgress:
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        if time.monotonic() - self._last >= _PLAIN_SECONDS:
+            self._last = time.monotonic()
+            print(_line(progress), file=sys.stderr, flush=True)
+
+
+def _line(progress: Progress) -> str:
+    rate = f"{progress.documents:,} documents, {progress.tokens:,} tokens, {progress.tokens_per_second:,.0f} tokens/s"
+    left = progress.remaining_seconds
+    return rate if left is None else f"{rate}, {left:.0f} s left"

@@ -1,0 +1,76 @@
+"""``trainer train RECIPE``: join the ranks a launcher has started, or start them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
+) -> None:
+    """Train a recipe; continue where its newest checkpoint is."""
+    from trainer.core import environ
+
+    environment = environ.detect(os.environ)
+    if environment is None:
+        raise typer.Exit(_launch(recipe, overrides or []))
+    environ.die_with_parent(os.environ)
+    if environment.needs_discovery:
+        from trainer.launch.mpirun import discover
+
+        environment = discover(environment)
+    environ.export(environment, os.environ)
+
+    from trainer.core.errors import TrainerError
+    from trainer.preflight.check import prepare
+
+    try:
+        prepared = prepare(recipe, overrides or [], environment.world_size)
+    except TrainerError as error:
+        if environment.rank != 0:  # every rank refuses the same recipe; one of them says so
+            raise typer.Exit(error.exit_code) from error
+        raise
+    from trainer.training.rank import end_process, run_rank
+
+    end_process(run_rank(prepared.recipe, prepared.derived, prepared.deepspeed, environment))
+
+
+def _launch(recipe: Path, overrides: list[str]) -> int:
+    """Refuse a bad recipe before anything starts, then start local ranks and wait for them."""
+    from trainer.launch.local import run_local
+    from trainer.preflight.check import prepare
+
+    prepared = prepare(recipe, overrides, None)
+    directory = Path(prepared.recipe.run.directory)
+    if (done := finished_step(directory, prepared.derived.total_steps)) is not None:
+        print(f"already finished: {done} of {prepared.derived.total_steps} steps in {directory}")
+        print("raise run.steps to continue it, or use another run.directory")
+        return 0
+    command = [sys.executable, "-m", "trainer", "train", str(recipe), *overrides]
+    code = run_local(command, prepared.recipe.launch.processes)
+    note_silent_end(directory, code)
+    return code
+
+
+def finished_step(directory: Path, total_steps: int) -> int | None:
+    """Return the newest committed step if the run has reached its last one."""
+    from trainer.checkpoint import layout
+
+    newest = layout.newest(directory)
+    return newest[0] if newest is not None and newest[0] >= total_steps else None
+
+
+def note_silent_end(directory: Path, code: int) -> None:
+    """Say in status.json how a run ended whose rank 0 could not (SIGKILL, crash)."""
+    from trainer.core.status_file import read_status, write_status
+
+    fields = read_status(directory) or {}
+    if code != 0 and fields.get("state") in ("starting", "running"):
+        reason = f"the ranks ended with exit code {code} without a word; see {directory}/logs"
+        write_status(directory, {**fields, "state": "failed", "exit_code": code, "reason": reason})

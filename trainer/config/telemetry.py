@@ -1,0 +1,34 @@
+"""What is recorded, and the sections later features widen: task and resilience."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from trainer.config.section import Section
+
+
+class TaskConfig(Section):
+    """What a sample is and which tokens count."""
+
+    name: Literal["pretrain"] = "pretrain"
+    """Every token of every document is a target."""
+
+
+class TelemetryConfig(Section):
+    """Where the numbers go."""
+
+    log_every_steps: int = Field(default=1, ge=1)
+    """Steps between lines of metrics.jsonl and points in TensorBoard."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb: None = None
+    """Not available yet."""
+
+
+class ResilienceConfig(Section):
+    """What the run does when something goes wrong."""
+
+    max_skipped_steps: int = Field(default=10, ge=0)
+    """Consecutive NaN/Inf steps after which the run stops with exit code 93."""

@@ -1,0 +1,95 @@
+"""The seam between the loop and DeepSpeed: five methods, and nothing above them knows how ranks share the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from trainer.data.loader import MicroBatch
+
+
+@dataclass(frozen=True)
+class StepPreview:
+    """What is known at the optimizer boundary, before any weight changes. The same on every rank."""
+
+    loss: float
+    """Mean over the target tokens of the global batch."""
+    grad_norm: float
+    """Global L2 norm before clipping; inf or nan where any gradient is."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did. The same on every rank, but for the two durations."""
+
+    loss: float
+    grad_norm: float
+    target_tokens: int
+    """Target tokens of the global batch."""
+    applied: bool
+    """False: the step was vetoed, weights and optimizer state are as before."""
+    stop_requests: int
+    """How many ranks asked to stop when the step began."""
+    forward_backward_seconds: float
+    optimizer_seconds: float
+
+
+Accept = Callable[[StepPreview], bool]
+
+
+@dataclass(frozen=True)
+class StateSlice:
+    """A contiguous piece of one logical tensor that this rank owns or needs.
+
+    ``tensor`` is a flat view into live memory: read it to save, write into it to load.
+    """
+
+    name: str
+    """Hugging Face parameter name."""
+    key: str
+    """``weight``, ``exp_avg``, ``exp_avg_sq`` or ``momentum``."""
+    shape: tuple[int, ...]
+    """Global shape of the logical tensor."""
+    start: int
+    """First element, in the flattened logical tensor."""
+    tensor: torch.Tensor
+    """[count], this rank's elements."""
+    primary: bool
+    """True on exactly one rank per element: who writes it. Other ranks hold replicas."""
+
+
+class StateReader(Protocol):
+    """Where ``load_state`` gets its slices from."""
+
+    def read(self, name: str, key: str, start: int, count: int) -> torch.Tensor:
+        """Return ``count`` elements from ``start`` of the flattened logical tensor, on the CPU."""
+        ...
+
+
+class TrainEngine(Protocol):
+    """Carries out optimizer steps of one model on one rank of the group."""
+
+    def train_batch(
+        self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, stop_requested: bool
+    ) -> StepResult:
+        """Run one optimizer step over this rank's micro-batches; ``accept`` may veto it before the update."""
+        ...
+
+    def evaluate_batch(self, batch: MicroBatch) -> tuple[float, int]:
+        """Return this rank's summed loss and number of target tokens, without gradients."""
+        ...
+
+    def iterate_state(self) -> Iterator[StateSlice]:
+        """Yield every slice this rank holds of weights and optimizer state."""
+        ...
+
+    def load_state(self, reader: StateReader, optimizer_steps: int | None) -> None:
+        """Fill every slice from ``reader``; ``optimizer_steps`` None loads weights only."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...

@@ -1,0 +1,85 @@
+"""Assemble the engine: process group, model, optimizer, DeepSpeed. The only order of model surgery."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import distributed
+from transformers import PretrainedConfig
+
+from trainer.config.run import Recipe
+from trainer.core.environ import RankEnvironment
+from trainer.engine.optimizers import build_optimizer
+from trainer.engine.upstream import no_shared_memory_build
+from trainer.engine.upstream.stage0_bfloat16 import Stage0Bfloat16Engine
+from trainer.engine.upstream.zero3_sharding import Zero3Sharding
+from trainer.engine.zero import ZeroEngine
+from trainer.models.build import build_model
+from trainer.models.loss import LossSpec
+
+
+def join_group(environment: RankEnvironment, timeout_seconds: float = 600.0) -> None:
+    """Join the process group of all ranks; ``environment`` has been exported to the process already."""
+    no_shared_memory_build.disable()
+    deepspeed.init_distributed(
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+        rank=environment.rank,
+        world_size=environment.world_size,
+    )
+
+
+def leave_group() -> None:
+    """Leave the process group; without this a rank may abort at interpreter exit."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def training_device(local_rank: int) -> torch.device:
+    """Return this rank's device."""
+    if torch.cuda.is_available():
+        get_accelerator().set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def build_engine(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    deepspeed_json: dict[str, Any],
+    loss: LossSpec,
+    environment: RankEnvironment,
+    *,
+    from_scratch: bool = False,
+) -> ZeroEngine:
+    """Return the engine of this rank. ``from_scratch`` skips pretrained weights (a checkpoint will replace them)."""
+    stage = deepspeed_json["zero_optimization"]["stage"]
+    device = training_device(environment.local_rank)
+    network = build_model(
+        recipe.model.model_copy(update={"path": None}) if from_scratch else recipe.model,
+        config,
+        seed=recipe.run.seed,
+        device=device,
+        rank=environment.rank,
+        sharding=Zero3Sharding(deepspeed_json) if stage == 3 else None,
+    )
+    if recipe.memory.activation_checkpointing == "full":
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = build_optimizer(recipe.optimizer, network, device)
+    if stage == 0 and deepspeed_json.get("bf16", {}).get("enabled"):
+        engine = _stage0_bfloat16(network, optimizer, deepspeed_json)
+    else:
+        engine = deepspeed.initialize(model=network, optimizer=optimizer, config=deepspeed_json)[0]
+    return ZeroEngine(engine, loss, recipe.optimizer, stage, recipe.optimizer.clip_norm)
+
+
+def _stage0_bfloat16(network, optimizer, deepspeed_json: dict[str, Any]) -> Stage0Bfloat16Engine:  # noqa: ANN001
+    parsed = deepspeed.DeepSpeedConfig(deepspeed_json, None)
+    return Stage0Bfloat16Engine(
+        args=None, model=network, optimizer=optimizer, config=deepspeed_json, config_class=parsed, dist_init_required=False
+    )

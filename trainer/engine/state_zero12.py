@@ -1,0 +1,54 @@
+"""State under DeepSpeed's flat partitions: ZeRO-1, ZeRO-2 and BF16_Optimizer (also unpartitioned, at stage 0).
+
+Each parameter's master slice is ``parameter._hp_mapping.hp_fragment``; ``lp_fragment_address`` tells where it lies in
+the flattened parameter. The optimizer's moments are cut at the same place of the flat partition they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from trainer.engine.base import StateSlice
+from trainer.engine.optimizers import STATE_KEYS
+from trainer.engine.state_replicated import writers
+
+
+class FlatPartitionState:
+    """Slices of DeepSpeedZeroOptimizer (ZeRO-1/2) or BF16_Optimizer."""
+
+    def __init__(self, network: nn.Module, zero_optimizer, replicated: bool, rank: int, world_size: int) -> None:  # noqa: ANN001
+        self._parameters = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+        self._zero = zero_optimizer
+        self._optimizer: torch.optim.Optimizer = zero_optimizer.optimizer
+        self._rank = rank
+        # Unpartitioned (stage 0): every rank has all of it, so one of them is chosen to write.
+        self._writers = writers(((name, p.numel()) for name, p in self._parameters), world_size) if replicated else None
+
+    def flat_masters(self) -> list[torch.Tensor]:
+        """Return this rank's float32 flat partitions, one a parameter group."""
+        flats = getattr(self._zero, "single_partition_of_fp32_groups", None)
+        return flats if flats is not None else self._zero.fp32_groups_flat_partition
+
+    def slices(self) -> Iterator[StateSlice]:
+        """Yield the master weights and optimizer state of this rank's partition."""
+        flats = self.flat_masters()
+        for name, parameter in self._parameters:
+            mapping = parameter._hp_mapping
+            if mapping is None:  # lies wholly in other ranks' partitions
+                continue
+            primary = self._writers is None or self._writers[name] == self._rank
+            shape = tuple(parameter.shape)
+            start = mapping.lp_fragment_address.start
+            address = mapping.hp_fragment_address
+            flat = flats[mapping.param_group_index]
+            tensors = {"weight": flat.detach()}
+            tensors |= {key: self._optimizer.state[flat][k] for k, key in STATE_KEYS.items() if k in self._optimizer.state[flat]}
+            for key, tensor in tensors.items():
+                yield StateSlice(name, key, shape, start, tensor.narrow(0, address.start, address.numel), primary)
+
+    def refresh(self) -> None:
+        """Copy the masters into the compute weights of every rank."""
+        self._zero.update_lp_params()

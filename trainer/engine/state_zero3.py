@@ -1,0 +1,56 @@
+"""State under ZeRO-3: every parameter is cut into equal parts, one a rank, the last one padded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import distributed, nn
+
+from trainer.engine.base import StateSlice
+from trainer.engine.optimizers import STATE_KEYS
+
+
+class Zero3State:
+    """Slices of DeepSpeedZeroOptimizer_Stage3."""
+
+    def __init__(self, network: nn.Module, zero_optimizer) -> None:  # noqa: ANN001
+        self._network = network
+        self._zero = zero_optimizer
+        self._optimizer: torch.optim.Optimizer = zero_optimizer.optimizer
+
+    def flat_masters(self) -> list[torch.Tensor]:
+        """Return this rank's float32 partitions, one a sub-group."""
+        return self._zero.fp32_partitioned_groups_flat
+
+    def slices(self) -> Iterator[StateSlice]:
+        """Yield this rank's part of every parameter; frozen ones in the compute dtype."""
+        for name, parameter in self._network.named_parameters():
+            part = parameter.ds_tensor.ds_numel
+            start = distributed.get_rank(parameter.ds_process_group) * part
+            count = min(part, parameter.ds_numel - start)
+            if count <= 0:  # fewer elements than ranks: nothing but padding here
+                continue
+            for key, tensor in self._tensors(parameter).items():
+                yield StateSlice(name, key, tuple(parameter.ds_shape), start, tensor.narrow(0, 0, count), primary=True)
+
+    def _tensors(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        if not parameter.requires_grad:
+            return {"weight": parameter.ds_tensor.detach()}
+        zero = self._zero
+        group, offset, count = zero.grad_position[zero.get_param_id(parameter)]
+        flat = zero.fp32_partitioned_groups_flat[group]
+        state = self._optimizer.state[flat]
+        tensors = {"weight": flat.detach()} | {key: state[k] for k, key in STATE_KEYS.items() if k in state}
+        return {key: tensor.narrow(0, offset, count) for key, tensor in tensors.items()}
+
+    def refresh(self) -> None:
+        """Copy the masters into this rank's compute weights; whole ones gathered earlier are let go."""
+        zero = self._zero
+        gathered = [p for p in zero.persistent_parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
+        if gathered:
+            gathered[0].partition(gathered)
+        for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            zero.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
+            zero._unflatten_partitioned_parameters(group)

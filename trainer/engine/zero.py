@@ -1,0 +1,200 @@
+"""ZeRO 0-3 through DeepSpeed's engine."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import distributed, nn
+
+from trainer.config.optimizer import OptimizerConfig
+from trainer.data.loader import MicroBatch
+from trainer.engine.base import Accept, StateReader, StateSlice, StepPreview, StepResult
+from trainer.engine.optimizers import initialise_state, set_optimizer_steps
+from trainer.engine.state_replicated import ReplicatedState, persistent_buffers, replicated_tensors
+from trainer.engine.state_zero3 import Zero3State
+from trainer.engine.state_zero12 import FlatPartitionState
+from trainer.models.loss import LossSpec
+
+
+class ZeroEngine:
+    """Implements TrainEngine for data-parallel ranks."""
+
+    def __init__(
+        self, engine: DeepSpeedEngine, loss: LossSpec, optimizer: OptimizerConfig, stage: int, clip_norm: float
+    ) -> None:
+        self._engine = engine
+        self._network: nn.Module = engine.module
+        self._loss = loss
+        self._stage = stage
+        self._base: torch.optim.Optimizer = engine.basic_optimizer
+        self._device = engine.device
+        self._world_size = distributed.get_world_size()
+        self._rank = distributed.get_rank()
+        self._state = self._state_access()
+        initialise_state(optimizer, self._base, self._state.flat_masters())
+        self._plain_norm: torch.Tensor | None = None
+        if stage == 0 and not engine.bfloat16_enabled():
+            # DeepSpeed computes this norm only when it clips, and then throws it away.
+            self._clip_norm = clip_norm
+            engine.clip_fp32_gradients = self._clip_and_keep_norm
+        self._gate = _Gate(self._base)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are wanted."""
+        return self._device
+
+    def logical_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the global shape of every parameter and persistent buffer, by Hugging Face name."""
+        named = [*self._network.named_parameters(), *persistent_buffers(self._network)]
+        return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in named}
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, tied ones counted once."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self._network.parameters())
+
+    def train_batch(
+        self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, stop_requested: bool
+    ) -> StepResult:
+        """Run one optimizer step. See TrainEngine."""
+        started = time.perf_counter()
+        self._network.train()
+        for group in self._base.param_groups:
+            group["lr"] = learning_rate
+        targets = [batch.targets.to(self._device, non_blocking=True) for batch in batches]
+        counted = sum((t >= 0).sum() for t in targets)
+        totals = torch.stack([counted, torch.tensor(int(stop_requested), device=self._device)])
+        distributed.all_reduce(totals)  # global target tokens, known before the first forward
+        # DeepSpeed averages gradients over ranks: undo that, then divide by the global count.
+        scale = self._world_size / totals[0].clamp(min=1).float()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        boundary = started
+        for index, (batch, target) in enumerate(zip(batches, targets, strict=True)):
+            loss = self._forward(batch, target)
+            loss_sum += loss.detach()
+            self._engine.backward(loss * scale, scale_wrt_gas=False)
+            if index + 1 == len(batches):
+                distributed.all_reduce(loss_sum)
+                boundary = time.perf_counter()
+                self._gate.arm(lambda: self._preview(loss_sum, totals), accept)
+            self._engine.step()
+        preview, applied = self._gate.verdict(overflow=getattr(self._engine.optimizer, "overflow", False))
+        count, stops = int(totals[0]), int(totals[1])
+        return StepResult(
+            loss=preview.loss,
+            grad_norm=preview.grad_norm,
+            target_tokens=count,
+            applied=applied,
+            stop_requests=stops,
+            forward_backward_seconds=boundary - started,
+            optimizer_seconds=time.perf_counter() - boundary,
+        )
+
+    @torch.no_grad()
+    def evaluate_batch(self, batch: MicroBatch) -> tuple[float, int]:
+        """Return this rank's summed loss and target count. Collective under ZeRO-3: call it equally often everywhere."""
+        self._network.eval()
+        targets = batch.targets.to(self._device)
+        return float(self._forward(batch, targets)), int((targets >= 0).sum())
+
+    def iterate_state(self) -> Iterator[StateSlice]:
+        """Yield trained parameters with their optimizer state, then frozen parameters and persistent buffers."""
+        yield from self._state.slices()
+        extra = list(persistent_buffers(self._network))
+        if self._stage < 3:
+            extra += [(name, p) for name, p in self._network.named_parameters() if not p.requires_grad]
+        yield from replicated_tensors(extra, self._rank, self._world_size)
+
+    def load_state(self, reader: StateReader, optimizer_steps: int | None) -> None:
+        """Fill every slice. ``optimizer_steps`` None: weights only, the optimizer starts afresh."""
+        for piece in self.iterate_state():
+            if optimizer_steps is None and piece.key != "weight":
+                continue
+            values = reader.read(piece.name, piece.key, piece.start, piece.tensor.numel())
+            piece.tensor.copy_(values)
+        if optimizer_steps is not None:
+            set_optimizer_steps(self._base, optimizer_steps)
+        with torch.no_grad():
+            self._state.refresh()
+
+    def close(self) -> None:
+        """Free the engine's hooks and buffers."""
+        self._engine.destroy()
+        gc.collect()
+
+    def _forward(self, batch: MicroBatch, targets: torch.Tensor) -> torch.Tensor:
+        inputs = batch.input_ids.to(self._device, non_blocking=True)
+        logits = self._engine(input_ids=inputs, use_cache=False).logits
+        return self._loss.function(logits, targets)
+
+    def _state_access(self) -> ReplicatedState | FlatPartitionState | Zero3State:
+        optimizer = self._engine.optimizer
+        if self._stage == 3:
+            return Zero3State(self._network, optimizer)
+        if optimizer is self._base:
+            return ReplicatedState(self._network, optimizer, self._rank, self._world_size)
+        return FlatPartitionState(self._network, optimizer, self._stage == 0, self._rank, self._world_size)
+
+    def _clip_and_keep_norm(self) -> None:
+        trained = [p for p in self._network.parameters() if p.grad is not None]
+        self._plain_norm = nn.utils.clip_grad_norm_(trained, self._clip_norm, foreach=False)
+
+    def _preview(self, loss_sum: torch.Tensor, totals: torch.Tensor) -> StepPreview:
+        """Read loss and gradient norm: the one device-to-host read of a step."""
+        norm = getattr(self._engine.optimizer, "_global_grad_norm", None)
+        if norm is None:
+            norm = self._plain_norm
+        if norm is None:  # stage 0, float32, no clipping
+            grads = [p.grad for p in self._network.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(grads)
+        self._plain_norm = None
+        norm = torch.as_tensor(norm, dtype=torch.float64, device=self._device)
+        loss, norm = torch.stack([loss_sum / totals[0].clamp(min=1), norm]).tolist()
+        return StepPreview(loss=loss, grad_norm=norm)
+
+
+class _Gate:
+    """The veto: asked once a step, when the first piece of the optimizer is about to be stepped.
+
+    DeepSpeed steps its optimizer group by group; a refused step hides the gradients from torch's optimizer, which then
+    leaves parameters, moments and step count alone. They are put back afterwards: with offload they are kept buffers.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._hidden: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._preview: StepPreview | None = None
+        self._applied = True
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    def arm(self, preview, accept: Accept) -> None:  # noqa: ANN001
+        """Prepare for the coming ``engine.step()``."""
+        self._ask, self._accept, self._preview, self._applied = preview, accept, None, True
+
+    def verdict(self, overflow: bool) -> tuple[StepPreview, bool]:
+        """Return what was seen and whether the step was applied. Upstream refuses inf and nan by itself."""
+        if self._preview is None:
+            self._preview = self._ask()
+            self._applied = self._accept(self._preview) and not overflow
+        return self._preview, self._applied and not overflow
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if self._preview is None:
+            self._preview = self._ask()
+            self._applied = self._accept(self._preview)
+        if not self._applied:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._hidden.append((parameter, parameter.grad))
+                        parameter.grad = None
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for parameter, gradient in self._hidden:
+            parameter.grad = gradient
+        self._hidden.clear()

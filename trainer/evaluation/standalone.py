@@ -1,0 +1,46 @@
+"""Evaluate any Hugging Face directory or run on token shards, in one process, without DeepSpeed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from trainer.checkpoint import layout
+from trainer.checkpoint.export import load_checkpoint_model
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.core.errors import Problem, RefusedError
+from trainer.data.loader import validation_batches
+from trainer.models.loss import cross_entropy_sum
+from trainer.telemetry.record import perplexity
+
+
+def evaluate_model(model: str, data: Path, *, sequence_length: int | None, batch_size: int) -> dict[str, Any]:
+    """Return {"loss" in nats/token, "perplexity", "target_tokens"} over every whole sequence of the shards."""
+    network, trained_length = _load(model)
+    length = sequence_length or trained_length or 512
+    vocabulary = network.config.get_text_config().vocab_size
+    loss, count = 0.0, 0
+    with torch.inference_mode():
+        for batch in validation_batches(str(data), length, batch_size, 0, 1, batch_size, None, vocabulary):
+            logits = network(input_ids=batch.input_ids, use_cache=False).logits
+            loss += float(cross_entropy_sum(logits, batch.targets))
+            count += int((batch.targets >= 0).sum())
+    mean = loss / max(1, count)
+    return {"loss": mean, "perplexity": perplexity(mean), "target_tokens": count, "sequence_length": length}
+
+
+def _load(model: str) -> tuple[PreTrainedModel, int | None]:
+    if layout.checkpoints_directory(Path(model)).is_dir():
+        newest = layout.newest(Path(model))
+        if newest is None:
+            raise RefusedError(Problem("MODEL_OR_RUN", model, "holds no complete checkpoint", "train it first"))
+        reader = CheckpointReader(newest[1])
+        network = load_checkpoint_model(reader, dtype=None).eval()
+        return network, reader.state["identity"]["data.sequence_length"]
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True).eval(), None
+    except (OSError, ValueError) as error:
+        raise RefusedError(Problem("MODEL_OR_RUN", model, f"can't be loaded ({error})", "check the path")) from error

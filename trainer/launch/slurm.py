@@ -1,0 +1,217 @@
+"""Render the batch script of a run. Pure: strings in, one string out."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.config.run import Recipe
+from trainer.core.errors import Problem, RefusedError
+from trainer.core.resources import resource_directory
+
+_TIME = re.compile(r"(?:(\d{1,5})-)?(\d{1,9})(?::(\d{1,2}))?(?::(\d{1,2}))?")
+_PATH = re.compile(r"/[\w./+=@:,~% -]*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_PLACEHOLDER = re.compile(r"@([A-Z_]+)@")
+_PATTERNS = {
+    "run.name": (re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"), "letters, digits, '.', '_' and '-'"),
+    "launch.slurm.time": (_TIME, "minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS"),
+    "launch.slurm.partition": (re.compile(r"[A-Za-z0-9_.,-]{1,200}"), "names, separated by commas"),
+    "launch.slurm.account": (re.compile(r"[A-Za-z0-9_.@-]{1,200}"), "one name"),
+    "launch.slurm.qos": (re.compile(r"[A-Za-z0-9_.-]{1,200}"), "one name"),
+    "launch.slurm.constraint": (re.compile(r"[A-Za-z0-9_.,:&|*()\[\]+-]{1,500}"), "features, e.g. a100&ib"),
+    "launch.slurm.memory_per_node": (re.compile(r"[0-9]{1,12}[KMGT]?"), "a number with K, M, G or T"),
+    "launch.slurm.exclude": (re.compile(r"[A-Za-z0-9_.,\[\]-]{1,5000}"), "a host list, e.g. node[1-3,7]"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchPlan:
+    """All that the batch script depends on."""
+
+    job_name: str
+    nodes: int
+    ranks_per_node: int
+    """One srun task per rank."""
+    gpus_per_node: int = 0
+    """0: no GPUs are asked for."""
+    time: str
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    cpus_per_task: int | None = None
+    memory_per_node: str | None = None
+    exclude: str | None = None
+    signal_seconds: int = 120
+    """Seconds before the time limit at which SLURM sends USR1 to the ranks."""
+    setup: tuple[str, ...] = ()
+    """Shell lines of the recipe, written as they are."""
+    command: tuple[str, ...]
+    """What each rank runs."""
+    python: str
+    """Interpreter that has `trainer`; it decides about the requeue."""
+    working_directory: Path
+    """Absolute; where the job runs, and relative paths of the recipe start."""
+    run_directory: Path
+    """Absolute; SLURM's own output goes to its logs/."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.nodes * self.ranks_per_node
+
+
+def plan(
+    recipe: Recipe, *, command: tuple[str, ...], python: str, working_directory: Path, run_directory: Path
+) -> LaunchPlan:
+    """Return what ``launch.slurm`` of the recipe asks for, running ``command`` once per rank."""
+    slurm = recipe.launch.slurm
+    return LaunchPlan(
+        job_name=recipe.run.name,
+        nodes=slurm.nodes,
+        ranks_per_node=ranks_per_node(recipe),
+        gpus_per_node=slurm.gpus_per_node,
+        time=slurm.time,
+        partition=slurm.partition,
+        account=slurm.account,
+        qos=slurm.qos,
+        constraint=slurm.constraint,
+        cpus_per_task=slurm.cpus_per_task,
+        memory_per_node=slurm.memory_per_node,
+        exclude=slurm.exclude,
+        signal_seconds=slurm.signal_seconds,
+        setup=slurm.setup,
+        command=command,
+        python=python,
+        working_directory=working_directory,
+        run_directory=run_directory,
+    )
+
+
+def ranks_per_node(recipe: Recipe) -> int:
+    """Return one rank per GPU, or ``launch.processes`` ranks where no GPUs are asked for."""
+    return recipe.launch.slurm.gpus_per_node or recipe.launch.processes
+
+
+def render(plan: LaunchPlan) -> str:
+    """Return slurm/train.sbatch filled in. Raises RefusedError naming every value that can't be used.
+
+    Values reach the script as ``#SBATCH`` options that match a strict pattern, or as shell words quoted by shlex; only
+    ``launch.slurm.setup`` is shell by intent.
+    """
+    problems = _problems(plan)
+    if problems:
+        raise RefusedError(problems, title="the SLURM job can't be written")
+    filled = {
+        "DIRECTIVES": "\n".join(f"#SBATCH --{option}" for option in _directives(plan)),
+        "SETUP": "\n".join(plan.setup),
+        "SRUN_OPTIONS": " ".join(_srun_options(plan)),
+        "COMMAND": shlex.join(plan.command),
+        "PYTHON": shlex.quote(plan.python),
+        "RUN_DIRECTORY": shlex.quote(str(plan.run_directory)),
+    }
+    template = (resource_directory("slurm") / "train.sbatch").read_text(encoding="utf-8")
+    # One pass, so that a value that looks like a placeholder stays what it is.
+    return _PLACEHOLDER.sub(lambda match: filled[match[1]], template)
+
+
+def time_limit_seconds(text: str) -> int | None:
+    """Return the seconds of a SLURM time limit, None where it is malformed."""
+    match = _TIME.fullmatch(text)
+    if match is None or not text.isascii():
+        return None
+    days, *rest = match.groups()
+    numbers = [int(part) for part in rest if part is not None]
+    if days is not None:  # D-HH, D-HH:MM, D-HH:MM:SS
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+        return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if len(numbers) == 3:
+        return (numbers[0] * 60 + numbers[1]) * 60 + numbers[2]
+    return numbers[0] * 60 + (numbers[1] if len(numbers) == 2 else 0)
+
+
+def _directives(plan: LaunchPlan) -> list[str]:
+    # SLURM expands %j here; a percent sign of the path itself is doubled.
+    output = str(plan.run_directory / "logs").replace("%", "%%") + "/slurm-%j.out"
+    options: list[tuple[str, str | int | None]] = [
+        ("job-name", plan.job_name),
+        ("nodes", plan.nodes),
+        ("ntasks-per-node", plan.ranks_per_node),
+        ("gpus-per-node", plan.gpus_per_node or None),
+        ("cpus-per-task", plan.cpus_per_task),
+        ("mem", plan.memory_per_node),
+        ("time", plan.time),
+        ("partition", plan.partition),
+        ("account", plan.account),
+        ("qos", plan.qos),
+        ("constraint", plan.constraint),
+        ("exclude", plan.exclude),
+        ("chdir", _quoted(str(plan.working_directory))),
+        ("output", _quoted(output)),
+        ("signal", f"USR1@{plan.signal_seconds}"),  # without B: the ranks get it, on every node
+    ]
+    # Without append SLURM empties the output file at every requeue.
+    return [f"{name}={value}" for name, value in options if value is not None] + ["requeue", "open-mode=append"]
+
+
+def _quoted(path: str) -> str:
+    """Quote for sbatch's own parser (a path has no quotes or backslashes: `_PATH`)."""
+    return f'"{path}"' if " " in path else path
+
+
+def _srun_options(plan: LaunchPlan) -> list[str]:
+    # KillOnBadExit is 0 by default: without it a job with a dead rank hangs until its time limit.
+    options = [
+        f"--nodes={plan.nodes}",
+        f"--ntasks={plan.world_size}",
+        f"--ntasks-per-node={plan.ranks_per_node}",
+        "--kill-on-bad-exit=1",
+        "--wait=60",
+    ]
+    # Since Slurm 22.05 srun does not inherit it from sbatch.
+    return options + ([f"--cpus-per-task={plan.cpus_per_task}"] if plan.cpus_per_task else [])
+
+
+def _problems(plan: LaunchPlan) -> list[Problem]:
+    problems: list[Problem] = []
+    values: dict[str, str | None] = {
+        "run.name": plan.job_name,
+        "launch.slurm.time": plan.time,
+        "launch.slurm.partition": plan.partition,
+        "launch.slurm.account": plan.account,
+        "launch.slurm.qos": plan.qos,
+        "launch.slurm.constraint": plan.constraint,
+        "launch.slurm.memory_per_node": plan.memory_per_node,
+        "launch.slurm.exclude": plan.exclude,
+    }
+    for key, value in values.items():
+        pattern, meaning = _PATTERNS[key]
+        if value is not None and (not value.isascii() or pattern.fullmatch(value) is None):
+            problems.append(Problem(key, value, f"sbatch takes {meaning} here"))
+    limit = time_limit_seconds(plan.time)
+    if limit is not None and limit <= plan.signal_seconds:
+        rule = f"ranks would be told to stop {plan.signal_seconds} s before a limit of {limit} s: as soon as they start"
+        problems.append(Problem("launch.slurm.time", plan.time, rule, "raise it, or lower launch.slurm.signal_seconds"))
+    for key, number, least in (
+        ("launch.slurm.nodes", plan.nodes, 1),
+        ("launch.processes", plan.ranks_per_node, 1),
+        ("launch.slurm.gpus_per_node", plan.gpus_per_node, 0),
+        ("launch.slurm.cpus_per_task", plan.cpus_per_task, 1),
+        ("launch.slurm.signal_seconds", plan.signal_seconds, 1),
+    ):
+        if number is not None and (type(number) is not int or number < least):
+            problems.append(Problem(key, number, f"must be an integer of at least {least}"))
+    for key, path in (("run.directory", plan.run_directory), ("working directory", plan.working_directory)):
+        if _PATH.fullmatch(str(path)) is None:
+            rule = "SLURM scripts take absolute paths of letters, digits, spaces and ./_-+=@:,~% only"
+            problems.append(Problem(key, str(path), rule, "choose another directory"))
+    words = [("command", word) for word in (*plan.command, plan.python)]
+    for key, text in [*words, *(("launch.slurm.setup", line) for line in plan.setup)]:
+        if _CONTROL.search(text.replace("\t", " ")):
+            problems.append(Problem(key, text, "must be one line without control characters"))
+    if not plan.command:
+        problems.append(Problem("command", None, "is empty"))
+    return problems

@@ -1,0 +1,205 @@
+"""Build or load an unmodified Hugging Face causal LM without ever holding more than is needed.
+
+Every ZeRO stage takes the same road, so that initial weights are the same for the same seed: the model is made with
+parameters on the meta device (buffers are real), then visited module by module in the order transformers initialises
+it; each module's parameters are allocated, initialised by the model's own ``_init_weights``, cast, and, with ZeRO-3,
+sharded at once. Upstream, ``from_config`` under ``deepspeed.zero.Init`` loses the initialisation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import initialization as hf_initialization
+
+from trainer.config.model import ModelConfig
+from trainer.core.errors import Problem, RecipeError
+
+
+class Sharding(Protocol):
+    """What ZeRO-3 needs while a model is built; implemented by the engine."""
+
+    def shard(self, parameter: nn.Parameter) -> None:
+        """Keep only this rank's part of ``parameter``; rank 0's values win."""
+        ...
+
+    def is_sharded(self, tensor: torch.Tensor) -> bool:
+        """Tell whether ``tensor`` is a sharded parameter whose full value is not at hand."""
+        ...
+
+    def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
+        """Hold the full values inside the context; changes made there are kept."""
+        ...
+
+
+def build_model(
+    model: ModelConfig,
+    config: PretrainedConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    rank: int = 0,
+    sharding: Sharding | None = None,
+) -> PreTrainedModel:
+    """Return the model in ``model.dtype`` on ``device``: initialised from ``seed``, or loaded from ``model.path``.
+
+    With ``sharding`` no rank holds a full copy; of a pretrained model only rank 0 does, while it hands it out.
+    Raises RecipeError when transformers can't build or load it.
+    """
+    torch.manual_seed(seed)
+    try:
+        if model.path is None:
+            network = _skeleton(model, config)
+            _fill(network, device, getattr(torch, model.dtype), _Initialiser(network, sharding), sharding)
+        elif sharding is None:
+            network = _load(model, config).to(device)
+        else:
+            source = _load(model, config) if rank == 0 else None
+            network = _skeleton(model, config)
+            _fill(network, device, getattr(torch, model.dtype), _Copier(network, source), sharding)
+    except (ValueError, OSError, ImportError) as error:
+        key = "model.config" if model.path is None else "model.path"
+        raise RecipeError(
+            Problem(key, model.path, f"transformers can't build this model ({error})", "check model.*")
+        ) from error
+    _freeze(network, model.freeze)
+    return network
+
+
+def _load(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        model.path,
+        config=config,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        attn_implementation=model.attention,
+        dtype=getattr(torch, model.dtype),
+        use_safetensors=True,  # pickled weights run code on load
+    )
+
+
+def _skeleton(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
+    """Build the module tree with parameters on the meta device and real buffers, tied as the config says."""
+    with hf_initialization.no_init_weights(), init_empty_weights(include_buffers=False):
+        network = AutoModelForCausalLM.from_config(
+            config,
+            attn_implementation=model.attention,
+            dtype=torch.float32,
+            trust_remote_code=model.trust_remote_code,
+        )
+    network.tie_weights()
+    config.dtype = model.dtype
+    return network
+
+
+class _Initialiser:
+    """Fill a module by the model's own ``_init_weights``."""
+
+    def __init__(self, network: PreTrainedModel, sharding: Sharding | None) -> None:
+        self.sharding = sharding
+
+    def __call__(self, owner: PreTrainedModel, module: nn.Module, prefix: str) -> None:
+        direct = [p for p in module.parameters(recurse=False) if self.sharding and self.sharding.is_sharded(p)]
+        with self.sharding.gathered(direct) if direct and self.sharding else contextlib.nullcontext():
+            owner._init_weights(module)
+
+
+class _Copier:
+    """Fill a module with rank 0's pretrained values; the other ranks get theirs when it is sharded."""
+
+    def __init__(self, network: PreTrainedModel, source: PreTrainedModel | None) -> None:
+        self.source = source
+
+    def __call__(self, owner: PreTrainedModel, module: nn.Module, prefix: str) -> None:
+        if self.source is None:
+            return
+        origin = self.source.get_submodule(prefix)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.numel():  # a tied parameter met again is sharded already, with the same values
+                parameter.copy_(origin.get_parameter(name))
+        for name, buffer in module.named_buffers(recurse=False):
+            buffer.copy_(origin.get_buffer(name))
+
+
+def _fill(
+    network: PreTrainedModel, device: torch.device, dtype: torch.dtype, fill: _Initialiser | _Copier, sharding: Sharding | None
+) -> None:
+    """Allocate, fill, cast and shard module by module, children first (the order of transformers' own pass)."""
+    made: dict[int, nn.Parameter] = {}  # id of a meta parameter -> its real one, so that tied weights stay tied
+    kept: list[nn.Parameter] = []  # keeps meta parameters alive: ids of the dead are given out again
+
+    def allocate(module: nn.Module) -> list[nn.Parameter]:
+        fresh: list[nn.Parameter] = []
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                continue
+            if id(parameter) not in made:
+                kept.append(parameter)
+                real = nn.Parameter(torch.empty(parameter.shape, device=device), requires_grad=parameter.requires_grad)
+                made[id(parameter)] = real
+                fresh.append(real)
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+        return fresh
+
+    def visit(module: nn.Module, owner: PreTrainedModel, prefix: str) -> None:
+        for name, child in module.named_children():
+            visit(child, child if isinstance(child, PreTrainedModel) else owner, f"{prefix}.{name}" if prefix else name)
+        fresh = allocate(module)
+        fill(owner, module, prefix)
+        for parameter in fresh:
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+            if sharding is not None:
+                sharding.shard(parameter)
+
+    with torch.no_grad(), hf_initialization.guard_torch_init_functions(), _late_touches(sharding):
+        visit(network, network, "")
+
+
+@contextlib.contextmanager
+def _late_touches(sharding: Sharding | None) -> Iterator[None]:
+    """Let a parent's ``_init_weights`` reach into children that are sharded already (GPT-2 rescales c_proj so)."""
+    if sharding is None:
+        yield
+        return
+    table = hf_initialization.TORCH_INIT_FUNCTIONS
+    originals = dict(table)
+
+    def reach(function):  # noqa: ANN001, ANN202 - mirrors torch.nn.init's many signatures
+        def wrapped(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+            if not sharding.is_sharded(tensor):
+                return function(tensor, *args, **kwargs)
+            with sharding.gathered([tensor]):  # type: ignore[list-item]
+                return function(tensor, *args, **kwargs)
+
+        return wrapped
+
+    table.update({name: reach(function) for name, function in originals.items()})
+    try:
+        yield
+    finally:
+        table.update(originals)
+
+
+def _freeze(network: nn.Module, patterns: tuple[str, ...]) -> None:
+    import re
+
+    for name, parameter in network.named_parameters():
+        if any(re.search(pattern, name) for pattern in patterns):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise RecipeError(Problem("model.freeze", list(patterns), "every parameter is frozen", "freeze fewer"))
+
+
+def transformers_version() -> str:
+    """Return the installed version of transformers."""
+    return transformers.__version__

@@ -1,0 +1,31 @@
+"""What is minimised: the type that tasks hand down and the engine applies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+IGNORE_INDEX = -100
+"""Targets of this value do not count (torch's and transformers' convention)."""
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """Head, mask and reduction of a task.
+
+    ``function(logits, targets)`` returns the *sum* over counted targets in float32: the engine divides by the number
+    of targets of the whole global batch, so that the gradient does not depend on how the batch is split.
+    """
+
+    name: str
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the summed cross-entropy, float32 scalar. logits [batch, sequence, vocabulary], targets [batch, sequence]."""
+    return functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )

@@ -1,0 +1,74 @@
+"""The optimizers we know: what they are called, what they remember, what they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.config.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class StateKey:
+    """One tensor an optimizer keeps per parameter, of the parameter's shape."""
+
+    logical: str
+    """Name in our checkpoints."""
+    torch: str
+    """Key in ``torch.optim.Optimizer.state[parameter]``."""
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """Pure data about one optimizer; trainer/engine/optimizers.py makes the instance."""
+
+    name: str
+    """``optimizer.name`` in the recipe."""
+    torch_class: str
+    """Attribute of ``torch.optim``."""
+    state_of: Callable[[OptimizerConfig], tuple[StateKey, ...]]
+    hyperparameters: Callable[[OptimizerConfig], dict[str, Any]]
+    """Keyword arguments of the torch class."""
+    counts_steps: bool
+    """Whether the state holds a scalar ``step`` too."""
+
+    def state_keys(self, config: OptimizerConfig) -> tuple[str, ...]:
+        """Return the logical names of the per-parameter tensors, e.g. ("exp_avg", "exp_avg_sq")."""
+        return tuple(key.logical for key in self.state_of(config))
+
+    def torch_state_keys(self, config: OptimizerConfig) -> dict[str, str]:
+        """Return logical name -> torch's key, e.g. {"momentum": "momentum_buffer"}."""
+        return {key.logical: key.torch for key in self.state_of(config)}
+
+
+def _adamw_state(config: OptimizerConfig) -> tuple[StateKey, ...]:
+    del config
+    return (StateKey("exp_avg", "exp_avg"), StateKey("exp_avg_sq", "exp_avg_sq"))
+
+
+def _adamw_hyperparameters(config: OptimizerConfig) -> dict[str, Any]:
+    return {
+        "lr": config.learning_rate,
+        "betas": config.betas,
+        "eps": config.epsilon,
+        "weight_decay": config.weight_decay,
+    }
+
+
+def _sgd_state(config: OptimizerConfig) -> tuple[StateKey, ...]:
+    return (StateKey("momentum", "momentum_buffer"),) if config.momentum > 0 else ()
+
+
+def _sgd_hyperparameters(config: OptimizerConfig) -> dict[str, Any]:
+    # torch adds SGD's decay to the gradient: the same as decoupled decay only without momentum.
+    return {"lr": config.learning_rate, "momentum": config.momentum, "weight_decay": config.weight_decay}
+
+
+TABLE: dict[str, OptimizerSpec] = {
+    spec.name: spec
+    for spec in (
+        OptimizerSpec("adamw", "AdamW", _adamw_state, _adamw_hyperparameters, counts_steps=True),
+        OptimizerSpec("sgd", "SGD", _sgd_state, _sgd_hyperparameters, counts_steps=False),
+    )
+}

@@ -1,0 +1,89 @@
+"""Rules about the run directory and its checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.core.errors import Problem
+from trainer.preflight.facts import NOT_AVAILABLE, Facts, Failing, Rule
+
+
+def _directory(facts: Facts) -> Iterator[Problem]:
+    text = facts.recipe.run.directory
+    if not text.strip():
+        yield Problem("run.directory", text, "is empty", "name a directory, e.g. runs/first")
+        return
+    path = Path(text).expanduser()
+    try:
+        if path.exists() and not path.is_dir():
+            yield Problem("run.directory", text, "is a file", "name a directory")
+            return
+        ancestor = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    except (OSError, ValueError) as error:
+        yield Problem("run.directory", text, f"can't be used: {error}", "name a directory")
+        return
+    if not ancestor.is_dir():
+        yield Problem("run.directory", text, f"{ancestor} is a file", "name a directory that can be made")
+    elif not os.access(ancestor, os.W_OK | os.X_OK):
+        yield Problem(
+            "run.directory", text, f"{ancestor} is not writable", "choose another directory or ask for rights"
+        )
+
+
+def _multiple(facts: Facts) -> Iterator[Problem]:
+    every, keep = facts.recipe.checkpoint.every_steps, facts.recipe.checkpoint.keep_every_steps
+    if every is not None and keep is not None and keep % every:
+        rule = f"is no multiple of checkpoint.every_steps = {every}, so nothing would be kept by it"
+        below = keep - keep % every
+        fix = "use " + " or ".join(str(steps) for steps in (below, below + every) if steps)
+        yield Problem("checkpoint.keep_every_steps", keep, rule, fix)
+
+
+def _asynchronous(facts: Facts) -> Iterator[Problem]:
+    if facts.recipe.checkpoint.asynchronous:
+        yield Problem("checkpoint.asynchronous", True, NOT_AVAILABLE, "set it to false")
+
+
+def _resume(facts: Facts) -> Iterator[Problem]:
+    resume, directory = facts.recipe.checkpoint.resume, Path(facts.recipe.run.directory).expanduser()
+    try:
+        # A directory without a manifest is not a checkpoint.
+        found = sorted(path.parent.name for path in directory.glob("checkpoints/step-*/manifest.json"))
+    except (OSError, ValueError):
+        return
+    if resume == "require" and not found:
+        rule = f"there is no checkpoint in {directory / 'checkpoints'}"
+        yield Problem("checkpoint.resume", resume, rule, "set it to auto, or correct run.directory")
+    if resume == "never" and found:
+        rule = f"{directory} already has checkpoints, the newest is {found[-1]}"
+        yield Problem("checkpoint.resume", resume, rule, "choose another run.directory, or set it to auto to continue")
+
+
+def _file(tmp: Path) -> dict[str, Any]:
+    (tmp / "file").write_text("", encoding="utf-8")
+    return {"run.directory": str(tmp / "file")}
+
+
+def _below_file(tmp: Path) -> dict[str, Any]:
+    return {"run.directory": _file(tmp)["run.directory"] + "/run"}
+
+
+def _checkpoint(tmp: Path) -> dict[str, Any]:
+    step = tmp / "old" / "checkpoints" / "step-00000005"
+    step.mkdir(parents=True)
+    (step / "manifest.json").write_text("{}", encoding="utf-8")
+    return {"run.directory": str(tmp / "old"), "checkpoint.resume": "never"}
+
+
+RULES = (
+    Rule("run directory named", _directory, Failing({"run.directory": " "})),
+    Rule("run directory is none of the files", _directory, Failing(prepare=_file)),
+    Rule("run directory can be made", _directory, Failing(prepare=_below_file)),
+    Rule("kept steps are saved", _multiple, Failing({"checkpoint.every_steps": 2, "checkpoint.keep_every_steps": 3})),
+    Rule("asynchronous writer available", _asynchronous, Failing({"checkpoint.asynchronous": True})),
+    Rule("resume finds a checkpoint", _resume, Failing({"checkpoint.resume": "require"})),
+    Rule("a fresh run is fresh", _resume, Failing(prepare=_checkpoint)),
+)

@@ -1,0 +1,37 @@
+"""Rules about the learning-rate schedule and the length of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trainer.core.errors import Problem
+from trainer.preflight.facts import Facts, Failing, Rule
+
+
+def _warmup(facts: Facts) -> Iterator[Problem]:
+    warmup = facts.recipe.schedule.warmup_steps
+    if facts.derived is not None and warmup > facts.derived.total_steps:
+        total = facts.derived.total_steps
+        rule = f"the warm-up is longer than the run of {total} steps"
+        yield Problem("schedule.warmup_steps", warmup, rule, f"use at most {total}")
+
+
+def _decay(facts: Facts) -> Iterator[Problem]:
+    schedule = facts.recipe.schedule
+    if schedule.decay_steps is not None and schedule.decay_steps < schedule.warmup_steps:
+        rule = f"the decay ends before the warm-up of {schedule.warmup_steps} steps does"
+        yield Problem("schedule.decay_steps", schedule.decay_steps, rule, "use at least schedule.warmup_steps")
+
+
+def _momentum(facts: Facts) -> Iterator[Problem]:
+    optimizer = facts.recipe.optimizer
+    if optimizer.name == "adamw" and optimizer.momentum > 0:
+        rule = "momentum is SGD's; AdamW takes optimizer.betas"
+        yield Problem("optimizer.momentum", optimizer.momentum, rule, "remove it or set optimizer.name: sgd")
+
+
+RULES = (
+    Rule("warm-up within the run", _warmup, Failing({"schedule.warmup_steps": 9})),
+    Rule("decay after the warm-up", _decay, Failing({"schedule.warmup_steps": 2, "schedule.decay_steps": 1})),
+    Rule("momentum only with SGD", _momentum, Failing({"optimizer.momentum": 0.9})),
+)

@@ -1,0 +1,16 @@
+"""Every rule, in the order problems are shown."""
+
+from __future__ import annotations
+
+from trainer.preflight import checkpoint, data, environment, launch, model, optimizer, topology
+from trainer.preflight.facts import Rule
+
+RULES: tuple[Rule, ...] = (
+    *topology.RULES,
+    *model.RULES,
+    *data.RULES,
+    *optimizer.RULES,
+    *checkpoint.RULES,
+    *launch.RULES,
+    *environment.RULES,
+)

@@ -1,0 +1,133 @@
+"""What is recorded: names, units and TensorBoard tags, in one table. Torch-free, so ``trainer status`` can read it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Field:
+    """One recorded number: its key in metrics.jsonl, its unit, its TensorBoard tag (None: not drawn)."""
+
+    name: str
+    unit: str
+    tag: str | None
+    meaning: str
+
+
+STEP_FIELDS: tuple[Field, ...] = (
+    Field("step", "steps", None, "optimizer step, counted from 1"),
+    Field("loss", "nats/token", "train/loss", "mean over the target tokens of the global batch"),
+    Field("grad_norm", "1", "optimizer/gradient_norm", "global, before clipping"),
+    Field("learning_rate", "1", "optimizer/learning_rate", "used for this step"),
+    Field("tokens", "tokens", "progress/tokens", "read so far, all ranks"),
+    Field("samples", "sequences", "progress/samples", "read so far, all ranks"),
+    Field("target_tokens", "tokens", "progress/target_tokens", "that counted in the loss so far, all ranks"),
+    Field("step_seconds", "s", "time/step_seconds", "wall time of this step"),
+    Field("tokens_per_second", "tokens/s", "throughput/tokens_per_second", "all ranks together"),
+    Field(
+        "model_flops_utilization", "1", "throughput/model_flops_utilization", "share of the peak; null: peak unknown"
+    ),
+    Field("data_wait_seconds", "s", "time/data_wait_seconds", "waiting for the batch"),
+    Field("forward_backward_seconds", "s", "time/forward_backward_seconds", "forward and backward passes"),
+    Field("optimizer_seconds", "s", "time/optimizer_seconds", "gradient reduction tail, clipping and update"),
+    Field("skipped", "steps", "optimizer/skipped_steps", "steps refused so far (NaN or Inf)"),
+    Field("memory_bytes", "B", "memory/peak_bytes", "peak on this device, or resident set on CPU"),
+    Field("time_unix", "s", None, "when the step ended"),
+)
+
+EVALUATION_FIELDS: tuple[Field, ...] = (
+    Field("step", "steps", None, "optimizer steps done; 0: before training"),
+    Field("kind", "", None, "always 'evaluation'; lines of training steps have no kind"),
+    Field("name", "", None, "name of the validation source"),
+    Field("validation_loss", "nats/token", "validation/{name}/loss", "mean over the target tokens"),
+    Field("perplexity", "1", "validation/{name}/perplexity", "exp(validation_loss)"),
+    Field("target_tokens", "tokens", None, "that were evaluated"),
+    Field("seconds", "s", "validation/{name}/seconds", "wall time of the evaluation"),
+    Field("time_unix", "s", None, "when the evaluation ended"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One optimizer step. Units are in :data:`STEP_FIELDS`; tokens, samples, target_tokens, skipped are cumulative."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    samples: int
+    target_tokens: int
+    step_seconds: float
+    tokens_per_second: float
+    model_flops_utilization: float | None
+    data_wait_seconds: float
+    forward_backward_seconds: float
+    optimizer_seconds: float
+    skipped: int
+    memory_bytes: int
+    time_unix: float
+
+    def to_json_line(self) -> str:
+        """Return one line of strict JSON, without the newline; NaN and Inf become null."""
+        return _json_line(self, STEP_FIELDS)
+
+    def scalars(self) -> Iterator[tuple[str, float]]:
+        """Yield (TensorBoard tag, value) of every number that is drawn and known."""
+        return _scalars(self, STEP_FIELDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """One evaluation of one validation source. Units are in :data:`EVALUATION_FIELDS`."""
+
+    step: int
+    name: str
+    validation_loss: float
+    perplexity: float
+    target_tokens: int
+    seconds: float
+    time_unix: float
+    kind: Literal["evaluation"] = "evaluation"
+
+    def to_json_line(self) -> str:
+        """Return one line of strict JSON, without the newline; NaN and Inf become null."""
+        return _json_line(self, EVALUATION_FIELDS)
+
+    def scalars(self) -> Iterator[tuple[str, float]]:
+        """Yield (TensorBoard tag, value) of every number that is drawn and known."""
+        return _scalars(self, EVALUATION_FIELDS, self.name)
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), and infinity where a float can't hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _json_line(record: StepRecord | EvaluationRecord, fields: tuple[Field, ...]) -> str:
+    values = {field.name: _json_value(getattr(record, field.name)) for field in fields}
+    return json.dumps(values, allow_nan=False, ensure_ascii=False)
+
+
+def _json_value(value: object) -> object:
+    # Python would write NaN and Infinity, which strict parsers (jq, JavaScript, Go) refuse.
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _scalars(
+    record: StepRecord | EvaluationRecord, fields: tuple[Field, ...], name: str = ""
+) -> Iterator[tuple[str, float]]:
+    for field in fields:
+        value: float | None = getattr(record, field.name) if field.tag else None
+        if field.tag and value is not None:
+            yield field.tag.format(name=name), float(value)

@@ -1,0 +1,154 @@
+"""Put a run together: the only place that knows every part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from trainer.checkpoint import layout, random_state
+from trainer.checkpoint.agreement import Ranks
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.select import choose
+from trainer.checkpoint.writer import CheckpointWriter
+from trainer.config.derive import Derived
+from trainer.config.run import Recipe
+from trainer.core.environ import RankEnvironment
+from trainer.core.errors import CheckpointError
+from trainer.core.units import format_count
+from trainer.data.loader import TrainLoader
+from trainer.engine.build import build_engine
+from trainer.engine.zero import ZeroEngine
+from trainer.evaluation.validation import Validation
+from trainer.models.config import config_to_dictionary, hugging_face_config
+from trainer.models.flops import training_flops_per_token
+from trainer.tasks.pretrain import loss_spec
+from trainer.telemetry.sinks.base import Fanout
+from trainer.telemetry.throughput import device_name, model_flops_utilization, peak_flops_per_second
+from trainer.training.loop import Parts
+from trainer.training.resume import identity, refuse_if_different, restore_generators
+from trainer.training.state import TrainState
+
+
+def build_parts(
+    recipe: Recipe,
+    derived: Derived,
+    deepspeed_json: dict[str, Any],
+    environment: RankEnvironment,
+    *,
+    attempt: int,
+    open_sinks: Callable[[int], tuple[Fanout, Callable[[int], None]]],
+    say: Callable[[str], None],
+    stop_requested: Callable[[], bool],
+) -> Parts:
+    """Assemble a fresh or resumed run; the process group is joined already.
+
+    ``open_sinks(resume_step)`` is called once it is known where the run starts; it returns the sinks and what to call
+    with the step of every committed checkpoint. Raises TrainerError.
+    """
+    ranks = Ranks()
+    run_directory = Path(recipe.run.directory)
+    found = choose(run_directory, recipe.checkpoint.resume, ranks, say)
+    reader = CheckpointReader(found) if found else None
+    source = _run_as_source(recipe)
+    config = hugging_face_config(_model_section(recipe, source))
+    state = TrainState.from_json(reader.state["train"]) if reader else TrainState()
+    loader = TrainLoader(
+        recipe.data, recipe.run.seed, recipe.batch.global_size, recipe.batch.micro_size,
+        environment.rank, derived.data_parallel, state.consumed_samples, config.get_text_config().vocab_size,
+    )  # fmt: skip
+    validation = Validation(recipe, environment.rank, derived.data_parallel, config.get_text_config().vocab_size)
+    engine = build_engine(
+        recipe, config, deepspeed_json, loss_spec(), environment, from_scratch=reader is not None or source is not None
+    )
+    facts = identity(recipe, loader.fingerprint)
+    _fill_engine(engine, recipe, config, ranks, reader, source, state, facts, say)
+    writer = CheckpointWriter(
+        run_directory, ranks, attempt=f"{ranks.from_first(attempt):04d}",
+        keep_last=recipe.checkpoint.keep_last, keep_every_steps=recipe.checkpoint.keep_every_steps,
+    )  # fmt: skip
+    model = {"config": config_to_dictionary(config), "dtype": recipe.model.dtype, "tokenizer": recipe.tokenizer.path}
+    sinks, committed = open_sinks(state.step)
+
+    def save() -> None:
+        values = {"train": state.to_json(), "identity": facts}
+        path = writer.write(state.step, engine.iterate_state(), values, model)
+        committed(state.step)
+        sinks.message(f"checkpoint {path.name}")
+
+    parts = Parts(
+        recipe, derived, engine, loader, validation, state, sinks, save, stop_requested,
+        _utilization(engine, config, recipe, derived), saved_step=state.step if reader else -1,
+    )  # fmt: skip
+    sinks.message(_summary(parts, deepspeed_json, reader))
+    return parts
+
+
+def _run_as_source(recipe: Recipe) -> CheckpointReader | None:
+    """Return the newest checkpoint of ``model.path`` where that is a run directory: its weights are the start."""
+    path = recipe.model.path
+    if path is None or not layout.checkpoints_directory(Path(path)).is_dir():
+        return None
+    newest = layout.newest(Path(path))
+    if newest is None:
+        raise CheckpointError(f"model.path = {path!r} is a run directory without a complete checkpoint")
+    return CheckpointReader(newest[1])
+
+
+def _model_section(recipe: Recipe, source: CheckpointReader | None):  # noqa: ANN202
+    if source is None:
+        return recipe.model
+    fields = source.model["config"] | (recipe.model.config or {})
+    return recipe.model.model_copy(update={"path": None, "config": fields})
+
+
+def _fill_engine(
+    engine: ZeroEngine, recipe: Recipe, config: PretrainedConfig, ranks: Ranks, reader: CheckpointReader | None,
+    source: CheckpointReader | None, state: TrainState, facts: dict[str, Any], say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Load weights and generators: from a checkpoint, from another run, or as built."""
+    if reader is not None:
+        shapes = engine.logical_shapes()
+        refuse_if_different(reader, facts, shapes, config_to_dictionary(config))
+        engine.load_state(reader, state.optimizer_steps)
+        if not restore_generators(reader, ranks, recipe.run.seed, state):
+            say(f"resuming {reader.world_size} ranks' checkpoint on {ranks.world_size}: random generators start anew")
+        return
+    if source is not None:
+        engine.load_state(source, None)
+    random_state.seed_everything(recipe.run.seed, ranks.rank)
+
+
+def _utilization(
+    engine: ZeroEngine, config: PretrainedConfig, recipe: Recipe, derived: Derived
+) -> Callable[[float], float | None]:
+    text = config.get_text_config()
+    vocabulary, hidden = text.vocab_size, text.hidden_size
+    embeddings = vocabulary * hidden * (1 if getattr(config, "tie_word_embeddings", False) else 2)
+    heads = text.num_attention_heads
+    flops = training_flops_per_token(
+        num_non_embedding_parameters=max(0, engine.num_parameters - embeddings),
+        vocabulary_size=vocabulary,
+        hidden_size=hidden,
+        num_layers=text.num_hidden_layers,
+        num_attention_heads=heads,
+        head_dim=getattr(text, "head_dim", None) or hidden // heads,
+        sequence_length=recipe.data.sequence_length,
+    )
+    peak = peak_flops_per_second(device_name())
+    return lambda speed: model_flops_utilization(speed, flops, derived.world_size, peak)
+
+
+def _summary(parts: Parts, deepspeed_json: dict[str, Any], reader: CheckpointReader | None) -> str:
+    """Return the sentence that says what is about to run."""
+    derived, batch = parts.derived, parts.recipe.batch
+    start = f"resuming at step {parts.state.step}" if reader else "starting"
+    return (
+        f"{start}: {format_count(parts.engine.num_parameters)} parameters, {parts.recipe.model.dtype}, "  # type: ignore[attr-defined]
+        f"ZeRO-{deepspeed_json['zero_optimization']['stage']} on {derived.world_size} ranks, "
+        f"batch {batch.global_size} = {batch.micro_size} micro x {derived.accumulation} accumulation "
+        f"x {derived.data_parallel} ranks, {derived.total_steps} steps, "
+        f"{format_count(derived.total_steps * derived.tokens_per_step)} tokens"
+    )

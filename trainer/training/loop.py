@@ -1,0 +1,111 @@
+"""The training loop: each line a named part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.config.derive import Derived
+from trainer.config.run import Recipe
+from trainer.core.errors import CheckpointError, DoNotRestartError
+from trainer.data.loader import TrainLoader
+from trainer.engine.base import StepPreview, StepResult, TrainEngine
+from trainer.evaluation.validation import Validation
+from trainer.optim.schedules import multiplier
+from trainer.resilience.guard import is_sound, must_stop
+from trainer.telemetry.sinks.base import Fanout
+from trainer.telemetry.throughput import StepClock
+from trainer.training.records import step_record
+from trainer.training.state import TrainState
+
+Outcome = Literal["finished", "stopped"]
+
+
+@dataclass
+class Parts:
+    """What the loop runs: assembled by trainer.training.build."""
+
+    recipe: Recipe
+    derived: Derived
+    engine: TrainEngine
+    loader: TrainLoader
+    validation: Validation
+    state: TrainState
+    sinks: Fanout
+    save: Callable[[], None]
+    """Commit a checkpoint of the current state; raises CheckpointError on every rank alike."""
+    stop_requested: Callable[[], bool]
+    """Whether this rank was asked to stop."""
+    utilization: Callable[[float], float | None]
+    """Tokens per second → model FLOPs utilization."""
+    saved_step: int = 0
+
+
+def train(parts: Parts) -> Outcome:
+    """Run until the last step, or until any rank was asked to stop; a checkpoint of the last step is committed."""
+    state, recipe, total = parts.state, parts.recipe, parts.derived.total_steps
+    clock = StepClock()
+    evaluate_if_due(parts)
+    while state.step < total:
+        clock.start_step()
+        with clock.phase("data_wait"):
+            batches = parts.loader.next_step()
+        learning_rate = recipe.optimizer.learning_rate * multiplier(recipe.schedule, state.step + 1, total)
+        with clock.phase("forward_backward"):
+            result = parts.engine.train_batch(batches, accept, learning_rate, parts.stop_requested())
+        state.advance(recipe.batch.global_size, parts.derived.tokens_per_step, result.target_tokens, result.applied)
+        parts.sinks.step(step_record(parts.derived, state, result, clock.finish_step(), learning_rate, parts.utilization))
+        refuse_endless_skipping(parts, result)
+        stopping = result.stop_requests > 0
+        if not stopping or state.step == total:
+            evaluate_if_due(parts)
+        if stopping or state.step == total or is_due(state.step, recipe.checkpoint.every_steps):
+            save(parts, final=stopping or state.step == total)
+        if stopping and state.step < total:
+            return "stopped"
+    if parts.saved_step != state.step:
+        save(parts, final=True)
+    return "finished"
+
+
+def accept(preview: StepPreview) -> bool:
+    """Veto a step whose loss or gradient norm is NaN or Inf, before it changes anything."""
+    return is_sound(preview.loss, preview.grad_norm)
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Return whether something done every so many steps is due after ``step``."""
+    return every is not None and step > 0 and step % every == 0
+
+
+def evaluate_if_due(parts: Parts) -> None:
+    """Evaluate at step 0, every so many steps and after the last one; never twice at the same step."""
+    step, state = parts.state.step, parts.state
+    due = step in (0, parts.derived.total_steps) or is_due(step, parts.recipe.evaluation.every_steps)
+    if due and state.evaluated_step != step:
+        for evaluation in parts.validation.run(parts.engine, step):
+            parts.sinks.evaluation(evaluation)
+        state.evaluated_step = step
+
+
+def save(parts: Parts, final: bool) -> None:
+    """Commit a checkpoint. One that fails on the way is reported and the next one tried; the last one must succeed."""
+    try:
+        parts.save()
+        parts.saved_step = parts.state.step
+    except CheckpointError as error:
+        if final:
+            raise
+        parts.sinks.message(f"warning: {error}; training goes on")
+
+
+def refuse_endless_skipping(parts: Parts, result: StepResult) -> None:
+    """Raise DoNotRestartError after too many vetoed steps in a row."""
+    if not result.applied:
+        parts.sinks.message(f"step {parts.state.step} skipped: loss {result.loss}, gradient norm {result.grad_norm}")
+    if must_stop(parts.state.consecutive_skips, parts.recipe.resilience.max_skipped_steps):
+        raise DoNotRestartError(
+            f"{parts.state.consecutive_skips} steps in a row had a NaN or Inf loss or gradient"
+            " (resilience.max_skipped_steps); lower the learning rate or look at the data of these steps"
+        )

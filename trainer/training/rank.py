@@ -1,0 +1,121 @@
+"""One rank's life: log, claim, join, build, train, status, leave."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.config.derive import Derived
+from trainer.config.run import Recipe
+from trainer.core.environ import RankEnvironment
+from trainer.core.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, TrainerError
+from trainer.core.logs import RankLog, open_rank_log
+from trainer.resilience.signals import StopFlag
+from trainer.training.run_directory import RunDirectory
+
+
+def run_rank(
+    recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], environment: RankEnvironment
+) -> int:
+    """Train as one rank and return its exit code. The environment has been exported to os.environ."""
+    directory: RunDirectory | None = None
+    with StopFlag() as stop, open_rank_log(Path(recipe.run.directory), environment.rank) as log:
+        try:
+            if environment.rank == 0:
+                directory = RunDirectory(recipe)
+                directory.write_facts(recipe, deepspeed_json, environment.world_size)
+                directory.status(state="starting", step=None, total_steps=derived.total_steps, exit_code=None, reason=None)
+            code = _train(recipe, derived, deepspeed_json, environment, directory, log, stop)
+        except BaseException as error:  # noqa: BLE001 - status.json must say how every run ended
+            code = _report(error, environment, directory, log)
+        finally:
+            if directory is not None:
+                directory.release()
+    return code
+
+
+def _train(
+    recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], environment: RankEnvironment,
+    directory: RunDirectory | None, log: RankLog, stop: StopFlag,
+) -> int:  # fmt: skip
+    # Imported here: the log must be open before torch and DeepSpeed give their loggers a stream.
+    from trainer.engine.build import join_group, leave_group
+    from trainer.telemetry.build import build_sinks
+    from trainer.telemetry.sinks.base import Fanout
+    from trainer.training.build import build_parts
+    from trainer.training.loop import train
+    from trainer.training.status_sink import StatusSink
+
+    sinks = Fanout([])
+
+    def open_sinks(resume_step: int) -> tuple[Fanout, Callable[[int], None]]:
+        nonlocal sinks
+        committed: Callable[[int], None] = lambda step: None  # noqa: E731 - only rank 0 keeps a status
+        if directory is not None:
+            made = build_sinks(recipe, directory.path, resume_step, derived.total_steps, log.console_stream)
+            status = StatusSink(directory, resume_step, derived.total_steps)
+            sinks, committed = Fanout([*made, status]), status.committed
+        return sinks, committed
+
+    def say(text: str) -> None:
+        print(text, file=log.console_stream, flush=True)
+
+    try:
+        join_group(environment)
+        parts = build_parts(
+            recipe, derived, deepspeed_json, environment,
+            attempt=directory.attempt if directory else 0,
+            open_sinks=open_sinks, say=say, stop_requested=lambda: stop.received is not None,
+        )  # fmt: skip
+        outcome = train(parts)
+        code = EXIT_OK if outcome == "finished" else EXIT_REQUEUE
+        if directory is not None:
+            # Before teardown: an abort there must not look like a failed run.
+            reason = None if outcome == "finished" else f"asked to stop ({stop.received or 'another rank'})"
+            directory.status(state=outcome, step=parts.state.step, exit_code=code, reason=reason)
+        sinks.message(_farewell(outcome, parts.state.step, derived, recipe))
+        sinks.close()
+        parts.loader.close()
+        parts.engine.close()
+    finally:
+        sinks.close()
+        leave_group()
+    return code
+
+
+def _farewell(outcome: str, step: int, derived: Derived, recipe: Recipe) -> str:
+    if outcome == "finished":
+        return f"finished {step} steps in {recipe.run.directory}"
+    return f"stopped at step {step} of {derived.total_steps}, checkpoint committed: the same command continues"
+
+
+def _report(
+    error: BaseException, environment: RankEnvironment, directory: RunDirectory | None, log: RankLog
+) -> int:
+    """Tell user, log and status.json what ended this rank; return its exit code."""
+    traceback.print_exception(error)
+    code = error.exit_code if isinstance(error, TrainerError) else EXIT_FAILURE
+    text = str(error) if isinstance(error, TrainerError) else f"{type(error).__name__}: {error}"
+    if directory is not None:
+        directory.status(state="failed", exit_code=code, reason=text)
+    rank = f"rank {environment.rank}: " if environment.world_size > 1 and not isinstance(error, TrainerError) else ""
+    # A TrainerError is raised by all ranks alike, mostly; a lost connection is the echo of another rank's end.
+    loud = environment.rank == 0 or not (isinstance(error, TrainerError) or _is_echo(text))
+    if loud and not _is_echo(text):
+        where = "" if isinstance(error, TrainerError) else f" (see {log.path})"
+        with contextlib.suppress(OSError):
+            print(f"trainer: {rank}{text}{where}", file=log.error_stream, flush=True)
+    return code
+
+
+def _is_echo(text: str) -> bool:
+    return any(part in text for part in ("Connection closed by peer", "Connection reset by peer", "Connection refused"))
+
+
+def end_process(code: int) -> None:
+    """Leave at once: daemon threads of torch and DeepSpeed may abort during interpreter shutdown."""
+    os._exit(code)

@@ -1,0 +1,93 @@
+"""The run directory: the facts of every start, the status, and the lock that keeps a second job out."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from trainer.config.load import recipe_to_yaml
+from trainer.config.run import Recipe
+from trainer.core.durable import replace_text
+from trainer.core.errors import Problem, RefusedError
+from trainer.core.status_file import write_status
+
+_LOGGED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+_LOGGED_VARIABLES += ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "NCCL_SOCKET_IFNAME")
+"""An allow-list: the environment also holds tokens and keys."""
+_PACKAGES = ("trainer", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
+
+
+class RunDirectory:
+    """Rank 0's hand on RUN/: claims it, writes down what runs, keeps status.json."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Claim the directory. Raises RefusedError if another process is training in it."""
+        self.path = Path(recipe.run.directory)
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
+            os.close(self._lock)
+            raise RefusedError(
+                Problem(
+                    "run.directory", str(self.path), f"another job is training here ({owner or 'unknown'})",
+                    "wait for it, stop it, or use another run.directory",
+                )
+            ) from error
+        os.truncate(self._lock, 0)
+        os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        self.attempt = 1 + max((int(p.name) for p in self.path.glob("attempts/[0-9]*") if p.name.isdigit()), default=0)
+        self._status: dict[str, Any] = {}
+
+    def write_facts(self, recipe: Recipe, deepspeed_json: dict[str, Any], world_size: int) -> None:
+        """Write run.yaml, deepspeed.json and environment.json of this start, and as the newest at the top."""
+        facts = {
+            "run.yaml": recipe_to_yaml(recipe),
+            "deepspeed.json": json.dumps(deepspeed_json, indent=2, sort_keys=True) + "\n",
+            "environment.json": json.dumps(_environment(world_size), indent=2, sort_keys=True) + "\n",
+        }
+        attempt = self.path / "attempts" / f"{self.attempt:04d}"
+        attempt.mkdir(mode=0o700, parents=True)
+        for name, text in facts.items():
+            replace_text(attempt / name, text)
+            replace_text(self.path / name, text)
+
+    def status(self, **changes: Any) -> None:
+        """Change fields of status.json; a full disk must not end the run, so errors are passed over."""
+        self._status |= changes
+        write_status(self.path, {"attempt": self.attempt, "restarts": self.attempt - 1, **self._status})
+
+    def release(self) -> None:
+        """Let the next job in."""
+        with contextlib.suppress(OSError):
+            os.close(self._lock)
+
+
+def _environment(world_size: int) -> dict[str, Any]:
+    versions: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "command": sys.argv,
+        "world_size": world_size,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "variables": {name: os.environ[name] for name in _LOGGED_VARIABLES if name in os.environ},
+        "started_unix": time.time(),
+    }

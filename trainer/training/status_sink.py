@@ -1,0 +1,41 @@
+"""Keep status.json up to date while training."""
+
+from __future__ import annotations
+
+import time
+
+from trainer.telemetry.record import EvaluationRecord, StepRecord
+from trainer.training.run_directory import RunDirectory
+
+_SECONDS_BETWEEN_WRITES = 5.0
+
+
+class StatusSink:
+    """Implements trainer.telemetry.sinks.base.Sink: step, speed and checkpoints into status.json."""
+
+    def __init__(self, directory: RunDirectory, resume_step: int, total_steps: int) -> None:
+        self._directory = directory
+        self._written = time.monotonic()
+        last = resume_step or None
+        directory.status(
+            state="running", step=resume_step, total_steps=total_steps, last_checkpoint_step=last, resumed_step=resume_step
+        )
+
+    def step(self, record: StepRecord) -> None:
+        """Note the step; written at most every few seconds."""
+        if time.monotonic() - self._written >= _SECONDS_BETWEEN_WRITES:
+            self._written = time.monotonic()
+            self._directory.status(step=record.step, tokens_per_second=record.tokens_per_second, loss=record.loss)
+
+    def evaluation(self, record: EvaluationRecord) -> None:
+        """Nothing: evaluations are in metrics.jsonl."""
+
+    def message(self, text: str) -> None:
+        """Nothing: sentences are for people."""
+
+    def committed(self, step: int) -> None:
+        """Note a committed checkpoint, at once."""
+        self._directory.status(step=step, last_checkpoint_step=step)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
