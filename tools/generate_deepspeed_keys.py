@@ -190,7 +190,8 @@ def _annotation(annotation: Any) -> Any:
         return "string"
     if get_origin(annotation) in (list, tuple):
         return "any"  # DeepSpeed takes a single text for some lists
-    return {bool: "bool", int: "int", float: "number", str: "string", Path: "string"}.get(annotation, "any")
+    names: dict[Any, str] = {bool: "bool", int: "int", float: "number", str: "string", Path: "string"}
+    return names.get(annotation, "any")
 
 
 def _type_of(default: Any) -> str:

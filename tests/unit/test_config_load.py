@@ -208,7 +208,7 @@ def test_typos_name_the_right_key(seed: int) -> None:
         ("run: {steps: 1, steps: 2}", "'steps' is given twice"),
         ("a: " + "[" * 100 + "]" * 100, "levels deep"),
         ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
-        ("a: &a [*a]", "deep"),
+        ("a: &a [*a]", "recursive"),
         ("a: &a {b: *a}", "recursive"),
         (
             "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
@@ -245,6 +245,17 @@ def test_extends_is_relative_to_the_recipe(write: Callable[..., Path], tmp_path:
     assert load_recipe(path).run.steps == 3
 
 
+def test_home_is_expanded(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    values = changed(run={"directory": "~/runs", "name": "n"}, data={"train": [{"path": "~/data"}]})
+    recipe = load_recipe(write(values), ["deepspeed.base=~/ds.json", "model.config.note=~/kept"])
+    assert recipe.run.directory == "/home/me/runs"
+    assert recipe.data.train[0].path == "/home/me/data"
+    assert recipe.deepspeed.base == "/home/me/ds.json"
+    assert recipe.model.config is not None
+    assert recipe.model.config["note"] == "~/kept"
+
+
 def test_recipe_round_trips(write: Callable[..., Path]) -> None:
     odd = changed(
         run={"name": "1e5", "directory": "no"},
@@ -259,7 +270,7 @@ def test_recipe_round_trips(write: Callable[..., Path]) -> None:
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.dictionaries(
         st.text(min_size=1), st.recursive(scalars, lambda s: st.lists(s, max_size=3), max_leaves=6), max_size=4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -50,7 +51,9 @@ def test_three_documents_have_the_102_bytes_of_megatron(tmp_path: Path) -> None:
     assert (tmp_path / "a.bin").read_bytes() == np.arange(1, 13, dtype="<u2").tobytes()
 
 
-@pytest.mark.parametrize(("vocab_size", "code", "name"), [(65499, 8, "uint16"), (65500, 4, "int32"), (70001, 4, "int32")])
+@pytest.mark.parametrize(
+    ("vocab_size", "code", "name"), [(65499, 8, "uint16"), (65500, 4, "int32"), (70001, 4, "int32")]
+)
 def test_dtype_follows_megatrons_rule(tmp_path: Path, vocab_size: int, code: int, name: str) -> None:
     write(tmp_path / "a", [[0, vocab_size - 1]], vocab_size)
     assert (tmp_path / "a.idx").read_bytes()[17] == code
@@ -209,6 +212,30 @@ def test_two_writers_of_one_prefix(tmp_path: Path) -> None:
         ShardWriter(tmp_path / "a", 1000)
     first.commit()
     assert TokenShards(tmp_path / "a").num_tokens == 1
+
+
+def test_a_file_renamed_between_open_and_lock_is_not_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other writer commits at the worst moment: what we opened is now its finished file."""
+    first = ShardWriter(tmp_path / "a", 1000)
+    first.add([1, 2, 3])
+    real, calls = fcntl.flock, list[int]()
+
+    def flock(descriptor: int, operation: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            monkeypatch.setattr(fcntl, "flock", real)
+            first.commit()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    second = ShardWriter(tmp_path / "a", 1000)
+    assert calls
+    assert TokenShards(tmp_path / "a").read(0, 3).tolist() == [1, 2, 3]
+    second.add([4])
+    with pytest.raises(DataError, match="exists already"):
+        second.commit()
+    assert verify(tmp_path / "a", full=True) == []
+    assert list(tmp_path.glob("*.partial")) == []
 
 
 def test_killed_writer_leaves_nothing_that_hinders_the_next(tmp_path: Path) -> None:

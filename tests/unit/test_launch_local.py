@@ -36,7 +36,7 @@ ready()
 while not seen:
     time.sleep(0.01)
 time.sleep(float(os.environ.get("SAVE_SECONDS", "0.2")))
-print(rank, *seen, flush=True)
+os.write(1, f"{rank} {chr(32).join(seen)}\\n".encode())
 sys.exit(75)
 """
 )
@@ -87,7 +87,9 @@ def wait_gone(pids: list[int], seconds: float) -> None:
 def test_ranks_get_their_places(tmp_path):
     program = (
         "import os; from trainer.core.environ import detect; r = detect(os.environ)\n"
-        "print(r.rank, r.world_size, r.local_rank, r.local_world_size, r.master_address, r.launcher, os.getsid(0) == os.getpid())"
+        "own = os.getsid(0) == os.getpid()\n"
+        "line = [r.rank, r.world_size, r.local_rank, r.local_world_size, r.master_address, r.launcher, own]\n"
+        "os.write(1, (' '.join(map(str, line)) + chr(10)).encode())"
     )
     code, lines, _ = Launched(tmp_path, program, 3).finish()
     assert code == 0
@@ -218,7 +220,7 @@ def test_what_a_rank_leaves_behind_is_removed(tmp_path):
         "import subprocess\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], stdout=subprocess.DEVNULL,"
         " stderr=subprocess.DEVNULL)\n"
-        "print(child.pid, flush=True)\n"
+        "os.write(1, f'{child.pid}\\n'.encode())\n"
     )
     code, lines, _ = Launched(tmp_path, program).finish()
     assert code == 0

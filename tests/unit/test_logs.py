@@ -42,9 +42,11 @@ print("after restore, stderr", file=sys.stderr)
 """
 
 
-def run_python(code: str, run: Path, rank: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, run: Path, rank: int = 0) -> subprocess.CompletedProcess[str]:
     arguments = [sys.executable, "-c", PRELUDE + code, str(run), str(rank)]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=60, **options)  # type: ignore[call-overload]
+    # Without PYTHONUNBUFFERED, or a missing flush would go unnoticed.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=60, env=environment)
 
 
 def test_everything_goes_to_the_log_and_the_console_stays_clean(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def good_values(directory: Path) -> dict[str, Any]:
-    shard = write_tiny_shard(directory / "good", vocab_size=64, dtype="uint16", num_tokens=64)
+    shard = write_tiny_shard(directory / "good", 200, vocab_size=64, dtype="uint16", num_tokens=200)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     return {
         "run": {"directory": str(directory / "run"), "steps": 4},
@@ -111,11 +111,13 @@ def test_deepspeed_typos_are_found_where_the_recipe_does_not_parse(tmp_path: Pat
     assert [problem.key for problem in caught.value.problems] == ["batch.global_size", "deepspeed.override.bf61"]
 
 
-def test_deepspeed_typos_are_found_without_a_batch_triangle(tmp_path: Path) -> None:
-    path = write_recipe(tmp_path, deepspeed={"override": {"bf61": {}}}, batch={"global_size": 3})
+def test_deepspeed_problems_are_found_without_a_batch_triangle(tmp_path: Path) -> None:
+    override = {"bf61": {}, "fp16": {"enabled": True}}
+    path = write_recipe(tmp_path, deepspeed={"override": override}, batch={"global_size": 3})
     with pytest.raises(RecipeError) as caught:
         prepare(path)
-    assert [problem.key for problem in caught.value.problems] == ["batch.global_size", "deepspeed.override.bf61"]
+    keys = [problem.key for problem in caught.value.problems]
+    assert keys == ["batch.global_size", "deepspeed.override.bf61", "deepspeed.override.fp16.enabled"]
 
 
 def test_prepare_returns_the_run(tmp_path: Path) -> None:

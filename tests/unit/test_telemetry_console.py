@@ -163,7 +163,7 @@ def test_terminal_line_fits_and_tells_what_matters(columns: int, monkeypatch: py
         assert "lr 3.00e-04  1.02k tok/s  41.2% MFU  grad 1.25  2 skipped" in live[-1]
     # A killed run must not leave the terminal without a cursor.
     text = b"".join(drawn)
-    assert text.rfind(b"\x1b[?25h") > text.rfind(b"\x1b[?25l")
+    assert text.rfind(b"\x1b[?25l") < text.find(b"\x1b[?25h") < text.find(b"loss")
 
 
 @pytest.mark.parametrize(("term", "kind"), [("dumb", PlainSink), ("xterm", TerminalSink)])

@@ -125,6 +125,7 @@ sink = Fanout([JsonlSink(path, 0)])
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 for step in range(1, 9):
     sink.step(step_record(step))
+assert path.read_bytes().endswith(b"}\\n"), "a killed process would leave a torn line"
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 sink.step(step_record(9))
 sink.close()

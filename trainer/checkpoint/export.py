@@ -26,10 +26,11 @@ def export_checkpoint(
     renamed. Raises RefusedError for bad arguments, CheckpointError when the checkpoint is damaged or the logits differ.
     """
     if dtype is not None and dtype not in _DTYPES:
-        raise RefusedError(Problem("--dtype", dtype, f"must be one of {', '.join(_DTYPES)}", "leave it out for the run's"))
-    if output.exists() and not overwrite:
-        if (output / "config.json").exists() or any(output.iterdir()):
-            raise RefusedError(Problem("--output", str(output), "is not empty", "give another directory or --overwrite"))
+        raise RefusedError(
+            Problem("--dtype", dtype, f"must be one of {', '.join(_DTYPES)}", "leave it out for the run's")
+        )
+    if output.exists() and not overwrite and any(output.iterdir()):
+        raise RefusedError(Problem("--output", str(output), "is not empty", "give another directory or --overwrite"))
     reader = CheckpointReader(_find(run_directory, step))
     problems = damaged_files(reader.directory)
     if problems:

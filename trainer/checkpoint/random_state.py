@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy
 import torch
@@ -13,7 +14,8 @@ PREFIX = "rng::"
 def capture() -> dict[str, torch.Tensor]:
     """Return the states of Python's, NumPy's, torch's and CUDA's generators of this rank."""
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    legacy: Any = numpy.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = legacy
     assert (version, name) == (3, "MT19937")
     states = {
         "python": torch.tensor([*internal], dtype=torch.int64),

@@ -26,7 +26,8 @@ class CheckpointReader:
         assert manifest is not None
         if manifest.get("version") != layout.VERSION:
             raise CheckpointError(
-                f"{directory}: format version {manifest.get('version')!r}, this trainer reads {layout.VERSION}: upgrade it"
+                f"{directory}: format version {manifest.get('version')!r}, this trainer reads {layout.VERSION}: "
+                "upgrade it"
             )
         self.directory = directory
         self.step: int = manifest["step"]

@@ -24,14 +24,17 @@ def choose(
     if resume == "never" and found:
         raise RecipeError(
             Problem(
-                "checkpoint.resume", "never", f"{run_directory} holds {len(found)} checkpoints",
+                "checkpoint.resume",
+                "never",
+                f"{run_directory} holds {len(found)} checkpoints",
                 "use another run.directory, or checkpoint.resume=auto to continue",
             )
         )
     for name in reversed(found):
         directory = Path(name)
         # Ranks share the hashing: each takes every n-th file.
-        problems = sum(ranks.gather(damaged_files(directory, ranks.rank, ranks.world_size)), [])
+        found_by_rank = ranks.gather(damaged_files(directory, ranks.rank, ranks.world_size))
+        problems = [problem for found_here in found_by_rank for problem in found_here]
         if not problems:
             return directory
         say(f"passing over damaged checkpoint {directory.name}: " + "; ".join(sorted(set(problems))))
@@ -39,6 +42,8 @@ def choose(
         raise CheckpointError(f"{run_directory}: all {len(found)} checkpoints are damaged; nothing was changed")
     if resume == "require":
         raise RecipeError(
-            Problem("checkpoint.resume", "require", f"{run_directory} holds no checkpoint", "use checkpoint.resume=auto")
+            Problem(
+                "checkpoint.resume", "require", f"{run_directory} holds no checkpoint", "use checkpoint.resume=auto"
+            )
         )
     return None

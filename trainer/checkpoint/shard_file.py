@@ -47,7 +47,7 @@ def write_shard(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> tupl
             digest.update(block)
             file.write(block)
         for _, tensor in entries:
-            flat = memoryview(tensor.cpu().contiguous().view(torch.uint8).numpy())
+            flat = tensor.cpu().contiguous().view(torch.uint8).numpy().data
             for start in range(0, len(flat), _CHUNK_BYTES):
                 chunk = flat[start : start + _CHUNK_BYTES]
                 digest.update(chunk)
@@ -77,7 +77,9 @@ class ShardReader:
     def __enter__(self) -> ShardReader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         del self._file
 
     def keys(self) -> set[str]:

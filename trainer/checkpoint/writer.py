@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class CheckpointWriter:
         self._together(self._prune, "old checkpoints not deleted")
         return final
 
-    def _together(self, action, what: str) -> None:  # noqa: ANN001
+    def _together(self, action: Callable[[], None], what: str) -> None:
         """Run ``action`` on rank 0 only; every rank learns how it ended."""
         error: str | None = None
         if self._ranks.rank == 0:

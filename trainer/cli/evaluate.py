@@ -9,9 +9,16 @@ import typer
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Exported directory, run directory or Hugging Face id.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RUN", help="Exported directory, run directory or Hugging Face id.", show_default=False
+        ),
+    ],
     data: Annotated[Path, typer.Option(help="Prefix of token shards.", show_default=False)],
-    sequence_length: Annotated[int | None, typer.Option(min=1, help="Tokens per sequence [the run's, or 512].", show_default=False)] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per sequence [the run's, or 512].", show_default=False)
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -27,4 +34,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(result))
     else:
-        typer.echo(f"loss {result['loss']:.6f} nats/token, perplexity {result['perplexity']:.3f}, {result['target_tokens']:,} tokens")
+        typer.echo(
+            f"loss {result['loss']:.6f} nats/token, perplexity {result['perplexity']:.3f}, "
+            f"{result['target_tokens']:,} tokens"
+        )

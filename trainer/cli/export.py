@@ -21,5 +21,7 @@ def export(
     quiet_transformers()
     from trainer.checkpoint.export import export_checkpoint
 
-    target = export_checkpoint(run_directory, output or run_directory / "export", step=step, dtype=dtype, overwrite=overwrite)
+    target = export_checkpoint(
+        run_directory, output or run_directory / "export", step=step, dtype=dtype, overwrite=overwrite
+    )
     typer.echo(f"exported to {target}")

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from trainer.cli import check, data, evaluate, export, generate, status, submit, train
+from trainer.cli import check, data, evaluate, export, generate, quickstart, status, submit, train
 from trainer.core.errors import EXIT_REFUSED, TrainerError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("status")(status.status)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("quickstart")(quickstart.quickstart)
 
 
 def main() -> None:

@@ -19,16 +19,13 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; submit and write nothing.")] = False,
 ) -> None:
     """Submit a run to SLURM. The job checkpoints before its time limit and goes back into the queue."""
-    from trainer.config.load import load_recipe
-    from trainer.launch.slurm import plan, ranks_per_node, render
+    from trainer.launch.slurm import plan, render
     from trainer.launch.submit import submit as submit_job
     from trainer.launch.submit import write_script
     from trainer.preflight.check import prepare
 
     settings = [*(overrides or []), *_launch_overrides(nodes, gpus_per_node, time)]
-    asked = load_recipe(recipe, settings)
-    world_size = asked.launch.slurm.nodes * ranks_per_node(asked)
-    checked = prepare(recipe, settings, world_size).recipe
+    checked = prepare(recipe, settings).recipe  # launch.launcher=slurm: at the size that SLURM is asked for
     run_directory = Path(os.path.abspath(checked.run.directory))
     script = render(
         plan(

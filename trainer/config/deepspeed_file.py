@@ -78,7 +78,7 @@ def _locate(base: str) -> tuple[Path | None, str, list[Problem]]:
     names = base_names()
     if base in names:
         return resource_directory("ds_configs") / f"{base}.json", f"ds_configs/{base}.json", []
-    path = Path(base).expanduser()
+    path = Path(base)
     if path.is_file():
         return path, base, []
     if base.endswith(".json") or "/" in base:

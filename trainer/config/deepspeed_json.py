@@ -32,9 +32,15 @@ def resolve_deepspeed(recipe: Recipe, derived: Derived) -> dict[str, Any]:
     return resolved
 
 
-def deepspeed_problems(recipe: Recipe, derived: Derived) -> list[Problem]:
-    """Return everything wrong with the DeepSpeed JSON: keys, types, features that fight us, mismatches, "auto"."""
-    return _resolve(recipe, derived)[1]
+def deepspeed_problems(recipe: Recipe, derived: Derived | None) -> list[Problem]:
+    """Return everything wrong with the DeepSpeed JSON: keys, types, features that fight us, mismatches, "auto".
+
+    Without ``derived`` (the batch does not divide over the ranks) mismatches of the batch can't be told.
+    """
+    if derived is not None:
+        return _resolve(recipe, derived)[1]
+    file, problems = read_deepspeed_file(recipe.deepspeed.base, recipe.deepspeed.override)
+    return problems if file is None else [*problems, *refused_problems(file), *optimizer_problems(file, recipe)]
 
 
 def stage_of(resolved: Mapping[str, Any]) -> int:

@@ -6,6 +6,7 @@ Example: the base says ``batch.micro_size: 2``, the recipe says 4, ``batch.micro
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,8 @@ from trainer.core.errors import Problem, RecipeError
 __all__ = ["json_schema", "load_recipe", "read_mapping", "recipe_problems", "recipe_to_yaml"]
 
 MAXIMUM_BYTES = 1_000_000
+PATH_LISTS = ("data.train", "data.validation")
+PATHS = ("run.directory", "model.path", "tokenizer.path", "deepspeed.base", *(f"{key}.path" for key in PATH_LISTS))
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -48,7 +51,7 @@ def read_mapping(path: str | Path, overrides: Iterable[str] = ()) -> tuple[dict[
         problem = _apply_override(recipe, override)
         if problem is not None:
             problems.append(problem)
-    return recipe, problems
+    return _home_expanded(recipe, ""), problems
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,6 +109,20 @@ def _read_file(path: Path, key: str) -> tuple[dict[str, Any] | None, list[Proble
         if not isinstance(name, str):
             return refused(f"the key {name!r} must be text", "rename it")
     return cast("dict[str, Any]", mapping), []
+
+
+def _home_expanded(value: Any, key: str) -> Any:
+    """Return ``value`` with a leading ``~`` of every path replaced, so that what is written down is what was used."""
+    if isinstance(value, dict):
+        return {
+            name: _home_expanded(below, f"{key}.{name}" if key else str(name))
+            for name, below in cast("dict[Any, Any]", value).items()
+        }
+    if isinstance(value, list) and key in PATH_LISTS:
+        return [_home_expanded(below, key) for below in cast("list[Any]", value)]
+    if isinstance(value, str) and key in PATHS:
+        return os.path.expanduser(value)
+    return cast("Any", value)
 
 
 def _apply_override(mapping: dict[str, Any], override: str) -> Problem | None:

@@ -69,7 +69,7 @@ def model_fields(model: ModelConfig) -> ModelFields:
 def read_config_json(path: str) -> dict[str, Any] | None:
     """Return ``path/config.json`` of a local model directory, or None where there is none that can be read."""
     try:
-        value = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
+        value = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return cast("dict[str, Any]", value) if isinstance(value, dict) else None

@@ -53,6 +53,12 @@ class _Dumper(yaml.SafeDumper):
         super().increase_indent(flow, False)
 
 
+def _text(dumper: _Dumper, value: str) -> Any:
+    # Other line breaks than \n are lost in every style but the one that escapes them.
+    style = '"' if any(mark in value for mark in "\r\x85\u2028\u2029\ufeff") else None
+    return dumper.represent_scalar(STRING, value, style=style)  # pyright: ignore[reportUnknownMemberType]
+
+
 def _number(loader: _Loader, node: Any) -> int | float:
     text = str(loader.construct_scalar(node)).replace("_", "")
     if node.tag == INT:
@@ -63,6 +69,7 @@ def _number(loader: _Loader, node: Any) -> int | float:
 for _tag, _pattern, _first in RESOLVERS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_tag, _pattern, list(_first))  # pyright: ignore[reportUnknownMemberType]
+_Dumper.add_representer(str, _text)
 _Loader.add_constructor(INT, _number)
 _Loader.add_constructor(FLOAT, _number)
 

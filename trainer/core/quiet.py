@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -13,3 +14,6 @@ def quiet_transformers() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|accelerate).*")
+    # transformers imports DeepSpeed where it is installed, which then reports the accelerator it found. A filter,
+    # because DeepSpeed sets its logger's level itself.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

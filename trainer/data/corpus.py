@@ -16,7 +16,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer.core.errors import DataError, Problem
+from trainer.data.hub import hub_answers
 
 _JSONL = re.compile(r"\.(jsonl|ndjson)(\.gz|\.zst)?$", re.IGNORECASE)
 _DATASET_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?$")
@@ -204,9 +205,11 @@ class Corpus:
             raise _refused(path, f"isn't a readable Parquet file: {error}") from None
 
     def _read_dataset(self, name: str) -> Iterator[Document]:
+        identifier, _, configuration = name.partition(":")
+        if not hub_answers(identifier, "dataset"):
+            raise _refused(name, "doesn't exist, and the Hugging Face Hub can't be reached to look for a data set")
         import datasets
 
-        identifier, _, configuration = name.partition(":")
         try:
             rows = datasets.load_dataset(identifier, configuration or None, split=self.split, streaming=True)
         except Exception as error:  # noqa: BLE001 (a library's many ways to say: no such data set)
@@ -232,7 +235,7 @@ class Corpus:
 
 
 @contextmanager
-def _decompressed(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
+def _decompressed(raw: IO[bytes], path: Path) -> Generator[IO[bytes], None, None]:
     suffix = path.suffix.lower()
     if suffix == ".gz":
         with gzip.open(raw) as file:

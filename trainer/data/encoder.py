@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.errors import DataError, Problem
+from trainer.data.hub import hub_answers
 
 # Classes for which transformers uses tokenizer.json as it is. Others rebuild parts of it (LlamaTokenizer always
 # brings its own pre-tokenizer), and beside a config.json the model type may overrule the class (qwen2 does): there
@@ -152,12 +153,18 @@ def _from_text(serialised: str) -> Any:
 
 
 def _from_transformers(path: str, revision: str | None) -> Any:
+    directory = Path(path)
+    if directory.is_dir() and not any(directory.iterdir()):
+        raise _refused(path, "is an empty directory, expected a tokenizer")
+    parent_exists = len(directory.parts) > 1 and directory.parent.exists()
+    if not directory.is_dir() and (directory.is_file() or directory.is_absolute() or parent_exists):
+        raise _refused(path, "isn't a directory", "give the directory that `trainer data tokenizer` wrote")
+    # Without an answer only the cache can have it.
+    cached = not directory.is_dir() and not hub_answers(path, "model")
     from transformers import AutoTokenizer
 
-    if Path(path).is_dir() and not any(Path(path).iterdir()):
-        raise _refused(path, "is an empty directory, expected a tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision or "main")
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main", local_files_only=cached)
     except Exception as error:  # noqa: BLE001 (a library's many ways to say: no tokenizer here)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fix = "give a directory with tokenizer.json or tokenizer.model, or a Hugging Face id"

@@ -317,4 +317,5 @@ def _read_sample(shards: TokenShards, sample: int, vocab_size: int | None, row: 
 
 def _micro_batch(tokens: NDArray[np.int64]) -> MicroBatch:
     whole = torch.from_numpy(tokens)  # [micro, S + 1]
-    return MicroBatch(whole[:, :-1].contiguous(), whole[:, 1:].contiguous())
+    # Copies: of a single row, `contiguous` would return two overlapping views of the same memory.
+    return MicroBatch(*(part.clone(memory_format=torch.contiguous_format) for part in (whole[:, :-1], whole[:, 1:])))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +82,7 @@ def _share_slots(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(counts)
 
 
+@lru_cache(maxsize=8)
 def _place_slots(counts: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return (source of each slot, earlier slots of that source in the cycle), int64 [4096] each."""
     shares = np.array(counts, dtype=np.int64)
@@ -93,4 +95,6 @@ def _place_slots(counts: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np
         behind[source] -= CYCLE
         sources[slot], indices[slot] = source, used[source]
         used[source] += 1
+    for array in (sources, indices):
+        array.flags.writeable = False  # shared by every Mixture of the same counts
     return sources, indices

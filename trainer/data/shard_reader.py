@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +40,7 @@ class TokenShards:
         self.num_tokens = bin_bytes // self.dtype.itemsize
         self.num_documents = self.header.num_document_entries - 1
         self.sidecar = parse_sidecar(self.paths.json) if self.paths.json.exists() else None
+        self._fingerprint: str | None = None
         self._check_sidecar()
 
     @property
@@ -58,14 +58,17 @@ class TokenShards:
         """``tokenizer_hash`` of the tokenizer that wrote the shards; None if unknown."""
         return self.sidecar.tokenizer_hash if self.sidecar else None
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Hash of the content, independent of the path.
 
         Without a side-car it covers sizes, the index and 16 blocks of ``.bin``: reading them takes a moment.
         """
-        if self.sidecar:
-            return self.sidecar.fingerprint
+        if self._fingerprint is None:
+            self._fingerprint = self.sidecar.fingerprint if self.sidecar else self._sampled_fingerprint()
+        return self._fingerprint
+
+    def _sampled_fingerprint(self) -> str:
         with _open_regular(self.paths.idx) as idx:
             idx_hash = stream_hash(idx)
         bin_bytes = self.num_tokens * self.dtype.itemsize

@@ -72,6 +72,16 @@ class StateReader(Protocol):
 class TrainEngine(Protocol):
     """Carries out optimizer steps of one model on one rank of the group."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches are wanted."""
+        ...
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, tied ones counted once."""
+        ...
+
     def train_batch(
         self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, stop_requested: bool
     ) -> StepResult:

@@ -7,8 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
-from torch import distributed
+from torch import distributed, nn
 from transformers import PretrainedConfig
 
 from trainer.config.run import Recipe
@@ -43,7 +42,7 @@ def leave_group() -> None:
 def training_device(local_rank: int) -> torch.device:
     """Return this rank's device."""
     if torch.cuda.is_available():
-        get_accelerator().set_device(local_rank)
+        torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
 
@@ -78,8 +77,15 @@ def build_engine(
     return ZeroEngine(engine, loss, recipe.optimizer, stage, recipe.optimizer.clip_norm)
 
 
-def _stage0_bfloat16(network, optimizer, deepspeed_json: dict[str, Any]) -> Stage0Bfloat16Engine:  # noqa: ANN001
+def _stage0_bfloat16(
+    network: nn.Module, optimizer: torch.optim.Optimizer, deepspeed_json: dict[str, Any]
+) -> Stage0Bfloat16Engine:
     parsed = deepspeed.DeepSpeedConfig(deepspeed_json, None)
     return Stage0Bfloat16Engine(
-        args=None, model=network, optimizer=optimizer, config=deepspeed_json, config_class=parsed, dist_init_required=False
+        args=None,
+        model=network,
+        optimizer=optimizer,
+        config=deepspeed_json,
+        config_class=parsed,
+        dist_init_required=False,
     )

@@ -7,6 +7,7 @@ the flattened parameter. The optimizer's moments are cut at the same place of th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +20,9 @@ from trainer.engine.state_replicated import writers
 class FlatPartitionState:
     """Slices of DeepSpeedZeroOptimizer (ZeRO-1/2) or BF16_Optimizer."""
 
-    def __init__(self, network: nn.Module, zero_optimizer, replicated: bool, rank: int, world_size: int) -> None:  # noqa: ANN001
-        self._parameters = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    def __init__(self, network: nn.Module, zero_optimizer: Any, replicated: bool, rank: int, world_size: int) -> None:
+        # Any: DeepSpeed hangs _hp_mapping on them.
+        self._parameters: list[tuple[str, Any]] = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
         self._zero = zero_optimizer
         self._optimizer: torch.optim.Optimizer = zero_optimizer.optimizer
         self._rank = rank
@@ -45,7 +47,9 @@ class FlatPartitionState:
             address = mapping.hp_fragment_address
             flat = flats[mapping.param_group_index]
             tensors = {"weight": flat.detach()}
-            tensors |= {key: self._optimizer.state[flat][k] for k, key in STATE_KEYS.items() if k in self._optimizer.state[flat]}
+            tensors |= {
+                key: self._optimizer.state[flat][k] for k, key in STATE_KEYS.items() if k in self._optimizer.state[flat]
+            }
             for key, tensor in tensors.items():
                 yield StateSlice(name, key, shape, start, tensor.narrow(0, address.start, address.numel), primary)
 

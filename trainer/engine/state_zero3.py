@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -15,7 +16,7 @@ from trainer.engine.optimizers import STATE_KEYS
 class Zero3State:
     """Slices of DeepSpeedZeroOptimizer_Stage3."""
 
-    def __init__(self, network: nn.Module, zero_optimizer) -> None:  # noqa: ANN001
+    def __init__(self, network: nn.Module, zero_optimizer: Any) -> None:
         self._network = network
         self._zero = zero_optimizer
         self._optimizer: torch.optim.Optimizer = zero_optimizer.optimizer
@@ -26,7 +27,8 @@ class Zero3State:
 
     def slices(self) -> Iterator[StateSlice]:
         """Yield this rank's part of every parameter; frozen ones in the compute dtype."""
-        for name, parameter in self._network.named_parameters():
+        named: list[tuple[str, Any]] = list(self._network.named_parameters())  # Any: DeepSpeed adds ds_* to them
+        for name, parameter in named:
             part = parameter.ds_tensor.ds_numel
             start = distributed.get_rank(parameter.ds_process_group) * part
             count = min(part, parameter.ds_numel - start)
@@ -35,7 +37,7 @@ class Zero3State:
             for key, tensor in self._tensors(parameter).items():
                 yield StateSlice(name, key, tuple(parameter.ds_shape), start, tensor.narrow(0, 0, count), primary=True)
 
-    def _tensors(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    def _tensors(self, parameter: Any) -> dict[str, torch.Tensor]:
         if not parameter.requires_grad:
             return {"weight": parameter.ds_tensor.detach()}
         zero = self._zero

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -27,11 +29,11 @@ class ZeroEngine:
         self, engine: DeepSpeedEngine, loss: LossSpec, optimizer: OptimizerConfig, stage: int, clip_norm: float
     ) -> None:
         self._engine = engine
-        self._network: nn.Module = engine.module
+        self._network = cast("nn.Module", engine.module)
         self._loss = loss
         self._stage = stage
-        self._base: torch.optim.Optimizer = engine.basic_optimizer
-        self._device = engine.device
+        self._base = cast("torch.optim.Optimizer", engine.basic_optimizer)
+        self._device = cast("torch.device", engine.device)
         self._world_size = distributed.get_world_size()
         self._rank = distributed.get_rank()
         self._state = self._state_access()
@@ -67,7 +69,7 @@ class ZeroEngine:
         for group in self._base.param_groups:
             group["lr"] = learning_rate
         targets = [batch.targets.to(self._device, non_blocking=True) for batch in batches]
-        counted = sum((t >= 0).sum() for t in targets)
+        counted = torch.stack([(t >= 0).sum() for t in targets]).sum()
         totals = torch.stack([counted, torch.tensor(int(stop_requested), device=self._device)])
         distributed.all_reduce(totals)  # global target tokens, known before the first forward
         # DeepSpeed averages gradients over ranks: undo that, then divide by the global count.
@@ -81,7 +83,7 @@ class ZeroEngine:
             if index + 1 == len(batches):
                 distributed.all_reduce(loss_sum)
                 boundary = time.perf_counter()
-                self._gate.arm(lambda: self._preview(loss_sum, totals), accept)
+                self._gate.arm(partial(self._preview, loss_sum, totals), accept)
             self._engine.step()
         preview, applied = self._gate.verdict(overflow=getattr(self._engine.optimizer, "overflow", False))
         count, stops = int(totals[0]), int(totals[1])
@@ -97,7 +99,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def evaluate_batch(self, batch: MicroBatch) -> tuple[float, int]:
-        """Return this rank's summed loss and target count. Collective under ZeRO-3: call it equally often everywhere."""
+        """Return this rank's summed loss and target count. Collective under ZeRO-3: call it as often on every rank."""
         self._network.eval()
         targets = batch.targets.to(self._device)
         return float(self._forward(batch, targets)), int((targets >= 0).sum())
@@ -137,7 +139,7 @@ class ZeroEngine:
         if self._stage == 3:
             return Zero3State(self._network, optimizer)
         if optimizer is self._base:
-            return ReplicatedState(self._network, optimizer, self._rank, self._world_size)
+            return ReplicatedState(self._network, self._base, self._rank, self._world_size)
         return FlatPartitionState(self._network, optimizer, self._stage == 0, self._rank, self._world_size)
 
     def _clip_and_keep_norm(self) -> None:
@@ -172,7 +174,7 @@ class _Gate:
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
-    def arm(self, preview, accept: Accept) -> None:  # noqa: ANN001
+    def arm(self, preview: Callable[[], StepPreview], accept: Accept) -> None:
         """Prepare for the coming ``engine.step()``."""
         self._ask, self._accept, self._preview, self._applied = preview, accept, None, True
 
@@ -183,7 +185,7 @@ class _Gate:
             self._applied = self._accept(self._preview) and not overflow
         return self._preview, self._applied and not overflow
 
-    def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._preview is None:
             self._preview = self._ask()
             self._applied = self._accept(self._preview)
@@ -194,7 +196,7 @@ class _Gate:
                         self._hidden.append((parameter, parameter.grad))
                         parameter.grad = None
 
-    def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for parameter, gradient in self._hidden:
             parameter.grad = gradient
         self._hidden.clear()

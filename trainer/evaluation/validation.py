@@ -29,7 +29,7 @@ class Validation:
         """Return one record a source, the same on every rank."""
         return [self._evaluate(source, engine, step) for source in self._recipe.data.validation]
 
-    def _batches(self, source: ValidationSource):  # noqa: ANN202
+    def _batches(self, source: ValidationSource):
         batch = self._recipe.batch
         return validation_batches(
             source.path,

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.core.errors import EXIT_REQUEUE
+from trainer.core.status_file import read_status
 from trainer.launch.slurm_commands import SlurmCommandError, requeue_job, show_state
-from trainer.launch.status import read_run_status
 
 MAXIMUM_RESTARTS = 100
 """A bound on what a run that never advances may burn; a long run at 24 h a job ends far below it."""
@@ -26,7 +26,7 @@ def reason_not_to_requeue(run_directory: Path, since_unix: float, environment: M
     status.json is the authority on how the run ended, if it was written by this attempt (``since_unix``): one left by
     an earlier attempt would requeue a job that fails at start, for ever.
     """
-    status = read_run_status(run_directory)
+    status = read_status(run_directory)
     if status is None:
         return "the run left no status.json"
     if status.get("state") != "stopped" or status.get("exit_code") != EXIT_REQUEUE:

@@ -11,7 +11,7 @@ from trainer.config.run import Recipe
 from trainer.core.errors import Problem, RefusedError
 from trainer.core.resources import resource_directory
 
-_TIME = re.compile(r"(?:(\d{1,5})-)?(\d{1,9})(?::(\d{1,2}))?(?::(\d{1,2}))?")
+_TIME = re.compile(r"(?:[0-9]{1,5}-)?[0-9]{1,9}(?::[0-9]{1,2}){0,2}")
 _PATH = re.compile(r"/[\w./+=@:,~% -]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _PLACEHOLDER = re.compile(r"@([A-Z_]+)@")
@@ -22,7 +22,7 @@ _PATTERNS = {
     "launch.slurm.account": (re.compile(r"[A-Za-z0-9_.@-]{1,200}"), "one name"),
     "launch.slurm.qos": (re.compile(r"[A-Za-z0-9_.-]{1,200}"), "one name"),
     "launch.slurm.constraint": (re.compile(r"[A-Za-z0-9_.,:&|*()\[\]+-]{1,500}"), "features, e.g. a100&ib"),
-    "launch.slurm.memory_per_node": (re.compile(r"[0-9]{1,12}[KMGT]?"), "a number with K, M, G or T"),
+    "launch.slurm.memory_per_node": (re.compile(r"[0-9]{1,12}[KMGTkmgt]?"), "a number with K, M, G or T"),
     "launch.slurm.exclude": (re.compile(r"[A-Za-z0-9_.,\[\]-]{1,5000}"), "a host list, e.g. node[1-3,7]"),
 }
 
@@ -118,21 +118,6 @@ def render(plan: LaunchPlan) -> str:
     return _PLACEHOLDER.sub(lambda match: filled[match[1]], template)
 
 
-def time_limit_seconds(text: str) -> int | None:
-    """Return the seconds of a SLURM time limit, None where it is malformed."""
-    match = _TIME.fullmatch(text)
-    if match is None or not text.isascii():
-        return None
-    days, *rest = match.groups()
-    numbers = [int(part) for part in rest if part is not None]
-    if days is not None:  # D-HH, D-HH:MM, D-HH:MM:SS
-        hours, minutes, seconds = [*numbers, 0, 0][:3]
-        return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds
-    if len(numbers) == 3:
-        return (numbers[0] * 60 + numbers[1]) * 60 + numbers[2]
-    return numbers[0] * 60 + (numbers[1] if len(numbers) == 2 else 0)
-
-
 def _directives(plan: LaunchPlan) -> list[str]:
     # SLURM expands %j here; a percent sign of the path itself is doubled.
     output = str(plan.run_directory / "logs").replace("%", "%%") + "/slurm-%j.out"
@@ -191,10 +176,6 @@ def _problems(plan: LaunchPlan) -> list[Problem]:
         pattern, meaning = _PATTERNS[key]
         if value is not None and (not value.isascii() or pattern.fullmatch(value) is None):
             problems.append(Problem(key, value, f"sbatch takes {meaning} here"))
-    limit = time_limit_seconds(plan.time)
-    if limit is not None and limit <= plan.signal_seconds:
-        rule = f"ranks would be told to stop {plan.signal_seconds} s before a limit of {limit} s: as soon as they start"
-        problems.append(Problem("launch.slurm.time", plan.time, rule, "raise it, or lower launch.slurm.signal_seconds"))
     for key, number, least in (
         ("launch.slurm.nodes", plan.nodes, 1),
         ("launch.processes", plan.ranks_per_node, 1),

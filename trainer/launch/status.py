@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from trainer.checkpoint.layout import step_directories
 from trainer.core.errors import RefusedError
+from trainer.core.status_file import read_status
 from trainer.core.units import format_count, format_duration
 from trainer.launch.slurm_commands import SlurmCommandError, queue_state
 from trainer.launch.submit import recorded_jobs
@@ -27,7 +28,7 @@ class RunStatus:
 
     run_directory: str
     state: str | None
-    """running, finished, stopped or failed, as the run itself last said."""
+    """starting, running, finished, stopped or failed, as the run itself last said."""
     step: int | None
     total_steps: int | None
     checkpoints: list[int]
@@ -52,20 +53,11 @@ class RunStatus:
         return json.dumps(asdict(self), indent=2)
 
 
-def read_run_status(run_directory: Path) -> dict[str, Any] | None:
-    """Return the fields of RUN/status.json, None where it is missing or not a JSON object."""
-    try:
-        content: object = json.loads((run_directory / "status.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return cast("dict[str, Any]", content) if isinstance(content, dict) else None
-
-
 def collect(run_directory: Path) -> RunStatus:
     """Return where the run in ``run_directory`` stands. Raises RefusedError where there is no run."""
     if not run_directory.is_dir():
         raise RefusedError(f"{run_directory} is not a directory → give the run.directory of a recipe")
-    said = read_run_status(run_directory)
+    said = read_status(run_directory)
     jobs = recorded_jobs(run_directory)
     metrics = _read_metrics(run_directory / "metrics.jsonl")
     checkpoints = [step for step, _ in step_directories(run_directory)]

@@ -9,8 +9,8 @@ sharded at once. Upstream, ``from_config`` under ``deepspeed.zero.Init`` loses t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, cast
 
 import torch
 import transformers
@@ -59,7 +59,8 @@ def build_model(
             network = _skeleton(model, config)
             _fill(network, device, getattr(torch, model.dtype), _Initialiser(network, sharding), sharding)
         elif sharding is None:
-            network = _load(model, config).to(device)
+            # cast: transformers wraps .to() in a decorator that hides that it is a method
+            network = cast("Any", _load(model, config)).to(device)
         else:
             source = _load(model, config) if rank == 0 else None
             network = _skeleton(model, config)
@@ -74,6 +75,7 @@ def build_model(
 
 
 def _load(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
+    assert model.path is not None
     return AutoModelForCausalLM.from_pretrained(
         model.path,
         config=config,
@@ -129,7 +131,11 @@ class _Copier:
 
 
 def _fill(
-    network: PreTrainedModel, device: torch.device, dtype: torch.dtype, fill: _Initialiser | _Copier, sharding: Sharding | None
+    network: PreTrainedModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    fill: _Initialiser | _Copier,
+    sharding: Sharding | None,
 ) -> None:
     """Allocate, fill, cast and shard module by module, children first (the order of transformers' own pass)."""
     made: dict[int, nn.Parameter] = {}  # id of a meta parameter -> its real one, so that tied weights stay tied
@@ -174,7 +180,7 @@ def _late_touches(sharding: Sharding | None) -> Iterator[None]:
     table = hf_initialization.TORCH_INIT_FUNCTIONS
     originals = dict(table)
 
-    def reach(function):  # noqa: ANN001, ANN202 - mirrors torch.nn.init's many signatures
+    def reach(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def wrapped(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
             if not sharding.is_sharded(tensor):
                 return function(tensor, *args, **kwargs)

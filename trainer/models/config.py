@@ -27,7 +27,9 @@ def hugging_face_config(model: ModelConfig) -> PretrainedConfig:
     except (OSError, ValueError, TypeError, KeyError) as error:
         key = "model.path" if model.path else "model.config"
         raise RecipeError(
-            Problem(key, model.path, f"transformers can't make a config of it ({error})", "check the path or the fields")
+            Problem(
+                key, model.path, f"transformers can't make a config of it ({error})", "check the path or the fields"
+            )
         ) from error
     if model.path is None and model.vocabulary_multiple:
         multiple = model.vocabulary_multiple

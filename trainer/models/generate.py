@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.core.errors import Problem, RefusedError
 
 
-def generate_text(
-    model: str, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, seed: int
-) -> str:
+def generate_text(model: str, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> str:
     """Return ``prompt`` and its continuation. Raises RefusedError if the directory can't be loaded."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        network = AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True).eval()
+        # cast: the type transformers declares here lacks generate()
+        network = cast("Any", AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True)).eval()
     except (OSError, ValueError) as error:
         raise RefusedError(
-            Problem("MODEL_DIR", model, f"can't be loaded ({error})", "give what `trainer export` wrote, with a tokenizer")
+            Problem(
+                "MODEL_DIR", model, f"can't be loaded ({error})", "give what `trainer export` wrote, with a tokenizer"
+            )
         ) from error
     encoded = tokenizer(prompt, return_tensors="pt")
     if encoded["input_ids"].numel() == 0:
         raise RefusedError(Problem("--prompt", prompt, "holds no token", "give some text"))
     torch.manual_seed(seed)
-    sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    sampling = (
+        {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    )
     with torch.inference_mode():
         output = network.generate(
             input_ids=encoded["input_ids"],

@@ -25,7 +25,10 @@ class LossSpec:
 
 
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the summed cross-entropy, float32 scalar. logits [batch, sequence, vocabulary], targets [batch, sequence]."""
+    """Return the summed cross-entropy, a float32 scalar.
+
+    ``logits`` is [batch, sequence, vocabulary], ``targets`` [batch, sequence].
+    """
     return functional.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )

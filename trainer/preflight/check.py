@@ -59,11 +59,7 @@ def check(recipe: Recipe, world_size: int) -> list[Problem]:
 def check_facts(facts: Facts) -> list[Problem]:
     """Return what the rules and the DeepSpeed JSON say of ``facts``."""
     problems = [problem for rule in RULES for problem in rule.check(facts)]
-    if facts.derived is not None:
-        problems += deepspeed_problems(facts.recipe, facts.derived)
-    else:
-        # Mismatches can't be told without a batch triangle; typos can.
-        problems += read_deepspeed_file(facts.recipe.deepspeed.base, facts.recipe.deepspeed.override)[1]
+    problems += deepspeed_problems(facts.recipe, facts.derived)
     return _distinct(problems)
 
 

@@ -16,7 +16,7 @@ def _directory(facts: Facts) -> Iterator[Problem]:
     if not text.strip():
         yield Problem("run.directory", text, "is empty", "name a directory, e.g. runs/first")
         return
-    path = Path(text).expanduser()
+    path = Path(text)
     try:
         if path.exists() and not path.is_dir():
             yield Problem("run.directory", text, "is a file", "name a directory")
@@ -48,7 +48,7 @@ def _asynchronous(facts: Facts) -> Iterator[Problem]:
 
 
 def _resume(facts: Facts) -> Iterator[Problem]:
-    resume, directory = facts.recipe.checkpoint.resume, Path(facts.recipe.run.directory).expanduser()
+    resume, directory = facts.recipe.checkpoint.resume, Path(facts.recipe.run.directory)
     try:
         # A directory without a manifest is not a checkpoint.
         found = sorted(path.parent.name for path in directory.glob("checkpoints/step-*/manifest.json"))

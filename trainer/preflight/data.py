@@ -159,7 +159,7 @@ RULES = (
     Rule(
         "one step repeats no sample",
         _one_step,
-        Failing(prepare=lambda tmp: _train(write_tiny_shard(tmp / "small", 40))),
+        Failing(prepare=lambda tmp: _train(write_tiny_shard(tmp / "small", 20))),
     ),
     Rule(
         "vocabulary fits the model",

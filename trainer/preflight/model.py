@@ -118,7 +118,7 @@ def _path(facts: Facts) -> Iterator[Problem]:
     path = facts.recipe.model.path
     if path is None:
         return
-    directory = Path(path).expanduser()
+    directory = Path(path)
     if directory.is_dir():
         marks = ("config.json", "run.yaml", "checkpoints", "export")
         if not any((directory / mark).exists() for mark in marks):
@@ -134,7 +134,7 @@ def _path(facts: Facts) -> Iterator[Problem]:
 
 def _tokenizer(facts: Facts) -> Iterator[Problem]:
     path = facts.recipe.tokenizer.path
-    if path is None or Path(path).expanduser().is_dir():
+    if path is None or Path(path).is_dir():
         return
     if is_path_like(path):
         yield Problem(

@@ -44,7 +44,7 @@ class ShardFacts:
 
 def read_shard(path: str) -> ShardFacts:
     """Return what can be read of the shards at ``path``; never raises, defects are facts."""
-    prefix = str(Path(path).expanduser())
+    prefix = path
     sizes: dict[str, int] = {}
     defects: list[tuple[str, str]] = []
     for suffix in (".bin", ".idx"):

@@ -103,7 +103,6 @@ class MovingRate:
 _PEAK_FLOPS_PER_SECOND: tuple[tuple[str, float], ...] = (
     (r"\bGB200\b", 2500e12),
     (r"\bB200\b", 2250e12),
-    (r"\bB100\b", 1750e12),
     (r"\bH200 NVL\b", 835.5e12),
     (r"\b(H200|GH200)\b", 989.4e12),
     (r"\bH100 PCIe\b", 756e12),
@@ -111,18 +110,11 @@ _PEAK_FLOPS_PER_SECOND: tuple[tuple[str, float], ...] = (
     (r"\b(H100|H800)\b", 989.4e12),
     (r"\bH20\b", 148e12),
     (r"\b(A100|A800)\b", 312e12),
-    (r"\bA40\b", 149.7e12),
     (r"\bA10\b", 125e12),
     (r"\bL40S\b", 362.05e12),
     (r"\bL40\b", 181.05e12),
     (r"\bL4\b", 121e12),
-    (r"\bRTX 6000 Ada\b", 364.2e12),
-    (r"\bRTX A6000\b", 154.8e12),
-    (r"\bRTX 5090$", 209.5e12),
     (r"\bRTX 4090$", 165.2e12),
-    (r"\bRTX 3090$", 71e12),
-    (r"\bMI355X\b", 2516.6e12),
-    (r"\bMI350X\b", 2306.9e12),
     (r"\b(MI300X|MI325X)\b", 1307.4e12),
     (r"\bMI250X\b", 191.5e12),  # a device is one of the two dies of a card
 )

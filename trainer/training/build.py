@@ -80,7 +80,7 @@ def build_parts(
 
     parts = Parts(
         recipe, derived, engine, loader, validation, state, sinks, save, stop_requested,
-        _utilization(engine, config, recipe, derived), saved_step=state.step if reader else -1,
+        _utilization(engine, config, recipe, derived), saved_step=state.step if reader else -1, rank=environment.rank,
     )  # fmt: skip
     sinks.message(_summary(parts, deepspeed_json, reader))
     return parts
@@ -97,7 +97,7 @@ def _run_as_source(recipe: Recipe) -> CheckpointReader | None:
     return CheckpointReader(newest[1])
 
 
-def _model_section(recipe: Recipe, source: CheckpointReader | None):  # noqa: ANN202
+def _model_section(recipe: Recipe, source: CheckpointReader | None):
     if source is None:
         return recipe.model
     fields = source.model["config"] | (recipe.model.config or {})
@@ -146,7 +146,7 @@ def _summary(parts: Parts, deepspeed_json: dict[str, Any], reader: CheckpointRea
     derived, batch = parts.derived, parts.recipe.batch
     start = f"resuming at step {parts.state.step}" if reader else "starting"
     return (
-        f"{start}: {format_count(parts.engine.num_parameters)} parameters, {parts.recipe.model.dtype}, "  # type: ignore[attr-defined]
+        f"{start}: {format_count(parts.engine.num_parameters)} parameters, {parts.recipe.model.dtype}, "
         f"ZeRO-{deepspeed_json['zero_optimization']['stage']} on {derived.world_size} ranks, "
         f"batch {batch.global_size} = {batch.micro_size} micro x {derived.accumulation} accumulation "
         f"x {derived.data_parallel} ranks, {derived.total_steps} steps, "

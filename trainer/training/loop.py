@@ -8,6 +8,7 @@ from typing import Literal
 
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
+from trainer.core import faults
 from trainer.core.errors import CheckpointError, DoNotRestartError
 from trainer.data.loader import TrainLoader
 from trainer.engine.base import StepPreview, StepResult, TrainEngine
@@ -40,6 +41,7 @@ class Parts:
     utilization: Callable[[float], float | None]
     """Tokens per second → model FLOPs utilization."""
     saved_step: int = 0
+    rank: int = 0
 
 
 def train(parts: Parts) -> Outcome:
@@ -49,13 +51,16 @@ def train(parts: Parts) -> Outcome:
     evaluate_if_due(parts)
     while state.step < total:
         clock.start_step()
+        faults.reach("train.step", rank=parts.rank, step=state.step + 1)
         with clock.phase("data_wait"):
             batches = parts.loader.next_step()
         learning_rate = recipe.optimizer.learning_rate * multiplier(recipe.schedule, state.step + 1, total)
         with clock.phase("forward_backward"):
             result = parts.engine.train_batch(batches, accept, learning_rate, parts.stop_requested())
         state.advance(recipe.batch.global_size, parts.derived.tokens_per_step, result.target_tokens, result.applied)
-        parts.sinks.step(step_record(parts.derived, state, result, clock.finish_step(), learning_rate, parts.utilization))
+        parts.sinks.step(
+            step_record(parts.derived, state, result, clock.finish_step(), learning_rate, parts.utilization)
+        )
         refuse_endless_skipping(parts, result)
         stopping = result.stop_requests > 0
         if not stopping or state.step == total:

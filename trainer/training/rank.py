@@ -18,9 +18,7 @@ from trainer.resilience.signals import StopFlag
 from trainer.training.run_directory import RunDirectory
 
 
-def run_rank(
-    recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], environment: RankEnvironment
-) -> int:
+def run_rank(recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], environment: RankEnvironment) -> int:
     """Train as one rank and return its exit code. The environment has been exported to os.environ."""
     directory: RunDirectory | None = None
     with StopFlag() as stop, open_rank_log(Path(recipe.run.directory), environment.rank) as log:
@@ -28,7 +26,9 @@ def run_rank(
             if environment.rank == 0:
                 directory = RunDirectory(recipe)
                 directory.write_facts(recipe, deepspeed_json, environment.world_size)
-                directory.status(state="starting", step=None, total_steps=derived.total_steps, exit_code=None, reason=None)
+                directory.status(
+                    state="starting", step=None, total_steps=derived.total_steps, exit_code=None, reason=None
+                )
             code = _train(recipe, derived, deepspeed_json, environment, directory, log, stop)
         except BaseException as error:  # noqa: BLE001 - status.json must say how every run ended
             code = _report(error, environment, directory, log)
@@ -93,9 +93,7 @@ def _farewell(outcome: str, step: int, derived: Derived, recipe: Recipe) -> str:
     return f"stopped at step {step} of {derived.total_steps}, checkpoint committed: the same command continues"
 
 
-def _report(
-    error: BaseException, environment: RankEnvironment, directory: RunDirectory | None, log: RankLog
-) -> int:
+def _report(error: BaseException, environment: RankEnvironment, directory: RunDirectory | None, log: RankLog) -> int:
     """Tell user, log and status.json what ended this rank; return its exit code."""
     traceback.print_exception(error)
     code = error.exit_code if isinstance(error, TrainerError) else EXIT_FAILURE

@@ -12,8 +12,10 @@ from trainer.core.errors import Problem, RecipeError
 from trainer.data.order import ORDER_VERSION
 from trainer.training.state import TrainState
 
-_SHAPE_FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "intermediate_size", "tie_word_embeddings", "n_embd", "n_layer", "n_head")  # fmt: skip
+_SHAPE_FIELDS = (
+    *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "tie_word_embeddings", "n_embd", "n_layer", "n_head"),
+)
 
 
 def identity(recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
@@ -47,9 +49,7 @@ def refuse_if_different(
     if not fields:
         held = {name: reader.shape(name) for name in reader.names()}
         different = sorted(name for name in held.keys() | shapes.keys() if held.get(name) != shapes.get(name))
-        problems += [
-            Problem(name, shapes.get(name), f"{where} holds {held.get(name)}", fix) for name in different[:5]
-        ]
+        problems += [Problem(name, shapes.get(name), f"{where} holds {held.get(name)}", fix) for name in different[:5]]
     if problems:
         raise RecipeError(problems, title=f"can't resume from {reader.directory}")
 

@@ -41,7 +41,9 @@ class RunDirectory:
             os.close(self._lock)
             raise RefusedError(
                 Problem(
-                    "run.directory", str(self.path), f"another job is training here ({owner or 'unknown'})",
+                    "run.directory",
+                    str(self.path),
+                    f"another job is training here ({owner or 'unknown'})",
                     "wait for it, stop it, or use another run.directory",
                 )
             ) from error

@@ -18,7 +18,11 @@ class StatusSink:
         self._written = time.monotonic()
         last = resume_step or None
         directory.status(
-            state="running", step=resume_step, total_steps=total_steps, last_checkpoint_step=last, resumed_step=resume_step
+            state="running",
+            step=resume_step,
+            total_steps=total_steps,
+            last_checkpoint_step=last,
+            resumed_step=resume_step,
         )
 
     def step(self, record: StepRecord) -> None:

@@ -7,10 +7,11 @@ the work. Test: tests/distributed/test_upstream.py.
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 
 def disable() -> None:
     """Make the builder report that the op is not there, as it does on machines without a compiler."""
     # not `import deepspeed.comm.torch as ...`: the package's attribute of that name is torch itself
-    backend = importlib.import_module("deepspeed.comm.torch")
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None

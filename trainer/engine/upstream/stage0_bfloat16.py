@@ -1,13 +1,16 @@
 """Give ZeRO stage 0 in bfloat16 float32 masters and float32 gradient accumulation (DeepSpeed 0.19.8).
 
 Upstream refuses ``grad_accum_dtype: fp32`` at stage 0 ("unsupported mix") and without it keeps no master weights: the
-second step's loss is 6.782 instead of 6.745. DeepSpeed's own BF16_Optimizer does what is wanted when its partition group
-is a single rank: nothing is partitioned, while the engine still averages gradients over the data-parallel group.
+second step's loss is 6.782 instead of 6.745. DeepSpeed's own BF16_Optimizer does what is wanted when its partition
+group is a single rank: nothing is partitioned, while the engine still averages gradients over the data-parallel group.
 Test: tests/distributed/test_parity.py (bfloat16, stage 0).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from deepspeed.runtime.engine import BFLOAT16, DeepSpeedEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import distributed
@@ -16,11 +19,11 @@ from torch import distributed
 class Stage0Bfloat16Engine(DeepSpeedEngine):
     """DeepSpeed's engine with an unpartitioned BF16_Optimizer at stage 0."""
 
-    def _do_optimizer_sanity_check(self, basic_optimizer):  # noqa: ANN001, ANN202 - upstream's signature
+    def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
         assert self.zero_optimization_stage() == ZeroStageEnum.disabled
         return BFLOAT16
 
-    def _configure_bf16_optimizer(self, optimizer):  # noqa: ANN001, ANN202 - upstream's signature
+    def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer | None) -> Any:
         # every rank makes every group: new_group is collective
         groups = [distributed.new_group([rank]) for rank in range(distributed.get_world_size())]
         data_parallel = self.seq_data_parallel_group

@@ -1,0 +1,42 @@
+"""Plain PyTorch + transformers in one process: what every layout must reproduce. Imports nothing of the trainer.
+
+usage: reference.py SPEC.json  →  one JSON line of [loss, gradient norm] a step
+"""
+
+import json
+import sys
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+spec = json.load(open(sys.argv[1]))
+config = AutoConfig.for_model(**spec["config"])
+with no_init_weights(), init_empty_weights(include_buffers=False):
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+for module in model.modules():
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        module._parameters[name] = torch.nn.Parameter(torch.empty(parameter.shape))
+model.tie_weights()
+torch.manual_seed(spec["seed"])
+model.initialize_weights()
+if spec.get("broken"):  # a reference that must not be matched: the first two blocks change places
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+decayed = [p for p in model.parameters() if p.ndim >= 2]
+others = [p for p in model.parameters() if p.ndim < 2]
+groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+optimizer = torch.optim.AdamW(groups, lr=spec["learning_rate"], betas=(0.9, 0.95), eps=1e-8)
+result = []
+for batch in torch.tensor(spec["tokens"]):  # [sequences, sequence + 1]
+    targets = batch[:, 1:].clone()
+    targets[batch[:, 1:] == spec["ignored"]] = -100
+    logits = model(input_ids=batch[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    result.append([loss.item(), norm.item()])
+print(json.dumps(result))

@@ -1,0 +1,218 @@
+"""A run that is killed goes on as if nothing had happened: same losses to the last bit, same sizes or others.
+
+Each run is a process group of its own, forked from one that has imported torch (tests/distributed/zygote.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ranks import TESTS
+
+from trainer.data.shards import ShardWriter
+
+STEPS = 20
+
+
+class Trainer:
+    """Runs recipes through forked ranks."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        for name, documents in (("train", 300), ("valid", 12)):
+            with ShardWriter(directory / name, 512, end_of_document_id=0) as writer:
+                for number in range(documents):
+                    length = 20 + (number * 37) % 150
+                    writer.add([1 + (number * 31 + 3 * i) % 511 for i in range(length)] + [0])
+                writer.commit()
+        self.process = subprocess.Popen(
+            [sys.executable, str(TESTS / "distributed" / "zygote.py")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=directory,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TRAINER_ALLOW_FAULTS": "1"},
+        )  # fmt: skip
+
+    def recipe(self, run: str, *, dropout: float = 0.1, **sections: Any) -> Path:
+        path = self.directory / f"{run}.yaml"
+        config = {
+            "model_type": "gpt2", "vocab_size": 512, "n_embd": 48, "n_layer": 2, "n_head": 2, "n_positions": 64,
+            "resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout, "bos_token_id": 0, "eos_token_id": 0,
+        }  # fmt: skip
+        recipe: dict[str, Any] = {
+            "run": {"name": "resume", "directory": str(self.directory / run), "seed": 11, "steps": STEPS},
+            "model": {"config": config, "dtype": "float32"},
+            "data": {
+                "train": [{"path": str(self.directory / "train")}],
+                "validation": [{"name": "v", "path": str(self.directory / "valid")}],
+                "sequence_length": 32,
+            },
+            "batch": {"global_size": 8, "micro_size": 2},
+            "optimizer": {"learning_rate": 3e-3},
+            "checkpoint": {"every_steps": 10, "keep_last": 5},
+            "evaluation": {"every_steps": 5},
+            "telemetry": {"tensorboard": False},
+            "launch": {"processes": 2},
+        }
+        for section, values in sections.items():
+            recipe[section] = recipe.get(section, {}) | values
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+
+    def train(self, recipe: Path, *overrides: str, world: int = 2, faults: str = "") -> list[int]:
+        output = recipe.with_suffix(".out")
+        job = {
+            "argv": ["train", str(recipe), *overrides], "world": world, "output": str(output),
+            "env": {"TRAINER_FAULTS": faults},
+        }  # fmt: skip
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        assert answer, "the zygote died"
+        return json.loads(answer)
+
+    def check(self, codes: list[int], recipe: Path) -> None:
+        assert set(codes) == {0}, (codes, recipe.with_suffix(".out").read_text()[-2000:])
+
+    def metrics(self, run: str) -> dict[tuple[int, str], float]:
+        lines = [json.loads(line) for line in (self.directory / run / "metrics.jsonl").read_text().splitlines()]
+        keys = [(line["step"], line.get("kind", "step")) for line in lines]
+        assert len(set(keys)) == len(keys)
+        return {key: line.get("loss", line.get("validation_loss")) for key, line in zip(keys, lines, strict=True)}
+
+    def status(self, run: str) -> dict[str, Any]:
+        return json.loads((self.directory / run / "status.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    made = Trainer(tmp_path_factory.mktemp("resume"))
+    yield made
+    assert made.process.stdin is not None
+    made.process.stdin.close()
+    made.process.wait(timeout=30)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("base", ["zero0", "zero1", "zero2", "zero3", "zero2_offload"])
+def test_killed_and_resumed_equals_undisturbed(trainer: Trainer, base: str, dtype: str) -> None:
+    run = f"{base}-{dtype}"
+    settings = {"model": {"dtype": dtype}, "deepspeed": {"base": base}}
+    straight = trainer.recipe(f"{run}-straight", **settings)
+    trainer.check(trainer.train(straight), straight)
+    killed = trainer.recipe(f"{run}-killed", **settings)
+    assert trainer.train(killed, faults="train.step:*:13:kill") == [-9, -9]
+    assert max(step for step, _ in trainer.metrics(f"{run}-killed")) >= 12
+    assert trainer.status(f"{run}-killed")["state"] == "running"
+    trainer.check(trainer.train(killed), killed)
+    assert trainer.metrics(f"{run}-killed") == trainer.metrics(f"{run}-straight")
+    status = trainer.status(f"{run}-killed")
+    assert (status["state"], status["step"], status["restarts"], status["resumed_step"]) == ("finished", STEPS, 1, 10)
+
+
+@pytest.mark.parametrize(("base", "world"), [("zero3", 1), ("zero1", 4), ("zero0", 1), ("zero2_offload", 2)])
+def test_a_zero2_checkpoint_of_two_ranks_resumes_at_another_shape(trainer: Trainer, base: str, world: int) -> None:
+    # dropout off: another number of ranks draws other masks
+    source = trainer.recipe("zero2-source", dropout=0.0, deepspeed={"base": "zero2"})
+    if not (trainer.directory / "zero2-source").exists():
+        trainer.check(trainer.train(source), source)
+    run = f"reshaped-{base}-{world}"
+    target = trainer.directory / run
+    shutil.copytree(trainer.directory / "zero2-source", target)
+    shutil.rmtree(target / "checkpoints" / f"step-{STEPS:08d}")
+    recipe = trainer.recipe(run, dropout=0.0, deepspeed={"base": base})
+    trainer.check(trainer.train(recipe, world=world), recipe)
+    expected, found = trainer.metrics("zero2-source"), trainer.metrics(run)
+    assert found.keys() == expected.keys()
+    assert max(abs(found[key] - expected[key]) for key in expected) < 1e-5
+    assert found != {} and trainer.status(run)["resumed_step"] == 10
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "checkpoint.before_shard:1:10:kill",
+        "checkpoint.shard_written:1:10:truncate",
+        "checkpoint.before_manifest:0:10:kill",
+        "checkpoint.before_rename:0:10:truncate",
+        "checkpoint.before_pointer:0:10:kill",
+    ],
+)
+def test_a_kill_during_a_save_loses_nothing_that_was_committed(trainer: Trainer, fault: str) -> None:
+    straight = trainer.recipe("save-straight", checkpoint={"every_steps": 5})
+    if not (trainer.directory / "save-straight").exists():
+        trainer.check(trainer.train(straight), straight)
+    run = "save-" + fault.replace(":", "-").replace(".", "-")
+    recipe = trainer.recipe(run, checkpoint={"every_steps": 5})
+    codes = trainer.train(recipe, faults=fault)
+    assert -9 in codes
+    trainer.check(trainer.train(recipe), recipe)
+    committed = 10 if "before_pointer" in fault else 5  # after the rename the new one exists, pointer or not
+    assert trainer.status(run)["resumed_step"] == committed
+    assert trainer.metrics(run) == trainer.metrics("save-straight")
+    left = [path.name for path in (trainer.directory / run / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert left == []
+
+
+def test_a_failed_save_is_reported_and_training_goes_on(trainer: Trainer) -> None:
+    recipe = trainer.recipe("full-disk", checkpoint={"every_steps": 5})
+    trainer.check(trainer.train(recipe, faults="checkpoint.before_shard:1:10:enospc"), recipe)
+    assert "rank 1: [Errno 28]" in recipe.with_suffix(".out").read_text()
+    held = sorted(path.name for path in (trainer.directory / "full-disk" / "checkpoints").glob("step-*"))
+    assert held == ["step-00000005", "step-00000015", "step-00000020"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(trainer: Trainer) -> None:
+    recipe = trainer.recipe("damaged", checkpoint={"every_steps": 5})
+    trainer.check(trainer.train(recipe), recipe)
+    expected = trainer.metrics("damaged")
+    checkpoints = trainer.directory / "damaged" / "checkpoints"
+    shard = checkpoints / "step-00000020" / "rank-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    (checkpoints / "step-00000015" / "rank-00000.safetensors").unlink()
+    trainer.check(trainer.train(recipe), recipe)
+    assert trainer.status("damaged")["resumed_step"] == 10
+    assert trainer.metrics("damaged") == expected
+    output = recipe.with_suffix(".out").read_text()
+    assert "passing over damaged checkpoint step-00000020" in output and "rank-00001.safetensors" in output
+
+
+def test_milestones_are_kept_and_old_checkpoints_go(trainer: Trainer) -> None:
+    settings = {"every_steps": 2, "keep_last": 2, "keep_every_steps": 6}
+    recipe = trainer.recipe("retention", checkpoint=settings)
+    trainer.check(trainer.train(recipe), recipe)
+    held = sorted(int(path.name[5:]) for path in (trainer.directory / "retention" / "checkpoints").glob("step-*"))
+    assert held == [6, 12, 18, 20]
+
+
+def test_a_finished_run_asked_for_more_steps_goes_on(trainer: Trainer) -> None:
+    schedule = {"name": "constant"}
+    straight = trainer.recipe("more-straight", schedule=schedule)
+    trainer.check(trainer.train(straight), straight)
+    recipe = trainer.recipe("more", schedule=schedule)
+    trainer.check(trainer.train(recipe, "run.steps=10"), recipe)
+    trainer.check(trainer.train(recipe), recipe)
+    assert trainer.metrics("more") == trainer.metrics("more-straight")
+
+
+def test_another_run_gives_its_weights_and_a_fresh_optimizer(trainer: Trainer) -> None:
+    first = trainer.recipe("teacher")
+    trainer.check(trainer.train(first), first)
+    path = first.read_text()
+    recipe = yaml.safe_load(path)
+    recipe["run"]["directory"] = str(trainer.directory / "pupil")
+    recipe["model"] = {"path": str(trainer.directory / "teacher"), "dtype": "float32"}
+    target = trainer.directory / "pupil.yaml"
+    target.write_text(yaml.safe_dump(recipe))
+    trainer.check(trainer.train(target), target)
+    start, end = trainer.metrics("pupil"), trainer.metrics("teacher")
+    assert abs(start[0, "evaluation"] - end[STEPS, "evaluation"]) < 1e-6
