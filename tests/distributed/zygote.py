@@ -11,6 +11,9 @@ import signal
 import sys
 import time
 
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # imports print there
+
 import deepspeed  # noqa: F401 - imported for the children
 import torch
 import transformers  # noqa: F401
@@ -62,4 +65,4 @@ def run(job: dict) -> list[int]:
 
 
 for line in sys.stdin:
-    print(json.dumps(run(json.loads(line))), flush=True)
+    print(json.dumps(run(json.loads(line))), file=answers, flush=True)

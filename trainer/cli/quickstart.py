@@ -14,7 +14,10 @@ from typing import Annotated
 
 import typer
 
-_NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "test", "idlelib", "ensurepip", "turtledemo"}
+_NOT_SOURCE = {
+    *("site-packages", "dist-packages", "__pycache__", "lib-dynload"),
+    *("test", "idlelib", "ensurepip", "turtledemo"),
+}
 _PROMPT = "def read_file(path):\n"
 _OTHER_STAGES_SECONDS = 75
 """Tokenizer, shards, probe, start-up, export and sample on two cores; the rest of the budget trains."""
@@ -24,7 +27,7 @@ _STEPS = (60, 400)
 
 def quickstart(
     directory: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/quickstart"),
-    minutes: Annotated[float, typer.Option(min=1.5, help="Time the whole may take; decides the number of steps.")] = 5.0,
+    minutes: Annotated[float, typer.Option(min=1.5, help="Time the whole may take; sets the number of steps.")] = 5.0,
 ) -> None:
     """Train a 10 M-parameter Llama on Python's own source code in a few minutes. Run again, it continues."""
     started = time.monotonic()
@@ -61,12 +64,9 @@ def _stage(number: int, text: str) -> None:
 def _standard_library() -> list[str]:
     """Return the standard library's files and packages, without what is installed beside them and its tests."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    found = sorted(
-        path
-        for path in library.iterdir()
-        if path.name not in _NOT_SOURCE and not path.name.startswith("config-") and (path.is_dir() or path.suffix == ".py")
-    )
-    return [str(path) for path in found]
+    source = [path for path in library.iterdir() if path.is_dir() or path.suffix == ".py"]
+    named = [path for path in source if path.name not in _NOT_SOURCE and not path.name.startswith("config-")]
+    return [str(path) for path in sorted(named)]
 
 
 def _write_recipe(target: Path, directory: Path, training_seconds: float) -> None:
@@ -144,5 +144,5 @@ def _farewell(directory: Path, recipe: Path, seconds: float) -> None:
 watch the curves     {program}/tensorboard --logdir {directory}/tensorboard
 train on             {program}/trainer train {recipe} run.steps=1000
 write more           {program}/trainer generate {directory}/export --prompt 'import '
-your own text        {program}/trainer data tokenize --input my_texts/ --tokenizer {directory}/tokenizer --output data/mine
+your own text        {program}/trainer data tokenize --input texts/ --tokenizer {directory}/tokenizer --output data/mine
 on a cluster         {program}/trainer submit {recipe} --nodes 2 --gpus-per-node 8 --dry-run""")

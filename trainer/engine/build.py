@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from trainer.config.run import Recipe
 from trainer.core.environ import RankEnvironment
 from trainer.engine.optimizers import build_optimizer
-from trainer.engine.upstream import no_shared_memory_build
+from trainer.engine.upstream import lazy_muon, no_shared_memory_build
 from trainer.engine.upstream.stage0_bfloat16 import Stage0Bfloat16Engine
 from trainer.engine.upstream.zero3_sharding import Zero3Sharding
 from trainer.engine.zero import ZeroEngine
@@ -24,6 +24,7 @@ from trainer.models.loss import LossSpec
 def join_group(environment: RankEnvironment, timeout_seconds: float = 600.0) -> None:
     """Join the process group of all ranks; ``environment`` has been exported to the process already."""
     no_shared_memory_build.disable()
+    lazy_muon.install()
     deepspeed.init_distributed(
         auto_mpi_discovery=False,
         verbose=False,

@@ -1,0 +1,103 @@
+"""Every workaround in trainer/engine/upstream is still needed: a test here fails when upstream has fixed its part.
+
+Then delete the workaround. Each check runs in a process of its own, since it shows unpatched DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from ranks import rank_environment
+
+from trainer.launch.ports import free_port
+
+
+def run(code: str, timeout: float = 120) -> str:
+    environment = rank_environment(0, 1, free_port("127.0.0.1"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_shared_memory_build_is_still_started_upstream_and_not_by_us() -> None:
+    code = """
+import importlib
+import deepspeed
+backend = importlib.import_module("deepspeed.comm.torch")
+called = []
+original = backend.build_shm_op
+backend.build_shm_op = lambda: called.append("upstream")
+{setup}
+deepspeed.init_distributed("gloo", auto_mpi_discovery=False, rank=0, world_size=1)
+print("built:", called, backend.build_shm_op is not original)
+"""
+    assert "built: ['upstream']" in run(code.format(setup=""))
+    ours = "from trainer.engine.upstream import no_shared_memory_build as n; n.disable()"
+    assert "built: []" in run(code.format(setup=ours))
+
+
+def test_muon_still_loads_the_compiler_upstream_and_not_with_us() -> None:
+    code = """
+import sys
+import deepspeed
+{setup}
+from deepspeed.runtime.zero.muon.original_muon import *
+print("inductor:", "torch._inductor.compile_fx" in sys.modules)
+"""
+    assert "inductor: True" in run(code.format(setup=""))
+    assert "inductor: False" in run(code.format(setup="from trainer.engine.upstream import lazy_muon as m; m.install()"))
+
+
+def test_muon_is_compiled_when_it_is_used() -> None:
+    code = """
+import torch
+made = []
+def recorder(function, **options):
+    made.append(options)
+    return function
+torch.compile = recorder
+from trainer.engine.upstream import lazy_muon
+lazy_muon.install()
+assert torch.compile is recorder and not made
+import deepspeed.runtime.zero.muon.original_muon as muon
+for _ in range(2):
+    out = muon.zeropower_via_newtonschulz5(torch.randn(8, 8), 5)
+print("compiled:", len(made), (torch.linalg.svdvals(out.float()) < 2).all().item())
+"""
+    assert "compiled: 1 True" in run(code)
+
+
+def test_stage_0_in_bfloat16_is_still_refused_upstream() -> None:
+    code = """
+import deepspeed, torch
+model = torch.nn.Linear(4, 4)
+config = {"train_batch_size": 1, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+try:
+    deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), config=config)
+except NotImplementedError as error:
+    print("refused:", error)
+"""
+    assert "refused: unsupported mix" in run(code)
+
+
+def test_zero_init_around_transformers_still_loses_the_initialisation() -> None:
+    code = """
+import deepspeed, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+deepspeed.init_distributed("gloo", auto_mpi_discovery=False, rank=0, world_size=1)
+config = AutoConfig.for_model("llama", vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=2)
+torch.manual_seed(0)
+plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+torch.manual_seed(0)
+with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 1, "zero_optimization": {"stage": 3}}):
+    sharded = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+parameter = sharded.model.layers[0].mlp.up_proj.weight
+with deepspeed.zero.GatheredParameters([parameter]):
+    print("std:", parameter.std().item() / plain.model.layers[0].mlp.up_proj.weight.std().item())
+"""
+    ratio = float(run(code).split("std:")[1])
+    assert abs(ratio - 1) > 0.5  # torch's default, not transformers' 0.02

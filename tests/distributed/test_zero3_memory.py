@@ -1,0 +1,31 @@
+"""Under ZeRO-3 no rank holds a whole model while it is built; of a pretrained one only rank 0 does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import TESTS, run_workers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+TINY = {
+    "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 4,
+}  # fmt: skip
+LARGE = TINY | {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8}
+
+
+def test_peak_memory_while_building(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # glibc keeps freed blocks in its heap; given back at once, they show what is really held
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**LARGE), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    whole = sum(parameter.numel() for parameter in model.parameters()) * 4
+    del model
+    spec = {"config": LARGE, "tiny": TINY, "path": str(tmp_path / "model")}
+    ranks = run_workers(TESTS / "distributed" / "memory_worker.py", spec, 2, tmp_path / "workers")
+    assert min(rank["whole"] for rank in ranks) > 0.9 * whole  # the measure does see a whole copy
+    for rank in ranks:
+        assert rank["scratch"] < 0.7 * whole, ranks
+    assert ranks[1]["loaded"] < 0.7 * whole, ranks
