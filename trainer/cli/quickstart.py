@@ -22,12 +22,15 @@ _PROMPT = "def read_file(path):\n"
 _OTHER_STAGES_SECONDS = 75
 """Tokenizer, shards, probe, start-up, export and sample on two cores; the rest of the budget trains."""
 _EVALUATIONS = 5
-_STEPS = (60, 400)
+_STEPS = (100, 800)
 
 
 def quickstart(
     directory: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/quickstart"),
     minutes: Annotated[float, typer.Option(min=1.5, help="Time the whole may take; sets the number of steps.")] = 5.0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Take this number of steps instead.", show_default=False)
+    ] = None,
 ) -> None:
     """Train a 10 M-parameter Llama on Python's own source code in a few minutes. Run again, it continues."""
     started = time.monotonic()
@@ -47,7 +50,7 @@ def quickstart(
         )  # fmt: skip
     if not recipe.exists():
         _stage(3, "measure this machine")
-        _write_recipe(recipe, directory, minutes * 60 - _OTHER_STAGES_SECONDS)
+        _write_recipe(recipe, directory, minutes * 60 - _OTHER_STAGES_SECONDS, steps)
     _stage(4, "train")
     _run("train", str(recipe))
     _stage(5, "export to Hugging Face format")
@@ -69,7 +72,7 @@ def _standard_library() -> list[str]:
     return [str(path) for path in sorted(named)]
 
 
-def _write_recipe(target: Path, directory: Path, training_seconds: float) -> None:
+def _write_recipe(target: Path, directory: Path, training_seconds: float, steps: int | None) -> None:
     """Choose ranks, dtype and steps by a measurement, and write the recipe that is run from now on."""
     from trainer.config.load import load_recipe, recipe_to_yaml
     from trainer.core.durable import replace_text
@@ -91,7 +94,8 @@ def _write_recipe(target: Path, directory: Path, training_seconds: float) -> Non
     step = recipe.batch.global_size / recipe.batch.micro_size / ranks * micro * 1.15 + 0.1
     samples = json.loads((data / "code-valid.json").read_text())["num_tokens"] // recipe.data.sequence_length
     evaluation = samples / recipe.batch.micro_size / ranks * micro / 3  # forward only
-    steps = int(max(_STEPS[0], min(_STEPS[1], (training_seconds - _EVALUATIONS * evaluation) / step)))
+    fitting = int(max(_STEPS[0], min(_STEPS[1], (training_seconds - _EVALUATIONS * evaluation) / step)))
+    steps = steps or fitting
     every = max(1, steps // (_EVALUATIONS - 1))
     settings += [
         f"run.steps={steps}", f"model.dtype={dtype}", f"launch.processes={ranks}",

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Command 2: every check and test. `tests/run.sh fast` takes the quick ones only (under two minutes once installed).
+# Further arguments go to pytest: tests/run.sh fast -k order
+set -euo pipefail
+cd "$(dirname "$0")/.."
+launch/install.sh dev
+export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1
+bin=.venv/bin
+$bin/ruff check --quiet .
+$bin/ruff format --quiet --check .
+$bin/lint-imports --no-cache >/dev/null || $bin/lint-imports --no-cache
+if [ "${1:-}" = fast ]; then
+  shift
+  exec $bin/python -m pytest -q -m fast "$@"
+fi
+PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $bin/pyright --pythonpath $bin/python
+exec $bin/python -m pytest -q --durations=15 "$@"
