@@ -65,7 +65,10 @@ VETO = [
     for stage in (0, 1, 2, 3)
     for dtype in ("float32", "bfloat16")
     for kind in ("nan", "finite")
-] + [{"check": "veto", "stage": 2, "base": "zero2_offload", "kind": kind, "accumulation": 2} for kind in ("nan", "finite")]
+] + [
+    {"check": "veto", "stage": 2, "base": "zero2_offload", "kind": kind, "accumulation": 2}
+    for kind in ("nan", "finite")
+]
 WEIGHTS = [
     {"check": "weights", "stage": stage, "config": config, "dtype": dtype}
     for config in (LLAMA, GPT2, MIXTRAL)
@@ -85,7 +88,7 @@ def reference(directory: Path) -> list[list[float]]:
 
 
 @pytest.fixture(scope="session")
-def results(directory: Path):  # noqa: ANN201
+def results(directory: Path):
     cases = {1: PARITY, 2: PARITY + EXTRA + VETO + WEIGHTS}
 
     @functools.cache

@@ -72,7 +72,8 @@ class Trainer:
             "argv": ["train", str(recipe), *overrides], "world": world, "output": str(output),
             "env": {"TRAINER_FAULTS": faults},
         }  # fmt: skip
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         print(json.dumps(job), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         assert answer, "the zygote died"
@@ -132,7 +133,7 @@ def test_a_zero2_checkpoint_of_two_ranks_resumes_at_another_shape(trainer: Train
     expected, found = trainer.metrics("zero2-source"), trainer.metrics(run)
     assert found.keys() == expected.keys()
     assert max(abs(found[key] - expected[key]) for key in expected) < 1e-5
-    assert found != {} and trainer.status(run)["resumed_step"] == 10
+    assert trainer.status(run)["resumed_step"] == 10
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,8 @@ def test_a_damaged_checkpoint_is_passed_over(trainer: Trainer) -> None:
     assert trainer.status("damaged")["resumed_step"] == 10
     assert trainer.metrics("damaged") == expected
     output = recipe.with_suffix(".out").read_text()
-    assert "passing over damaged checkpoint step-00000020" in output and "rank-00001.safetensors" in output
+    assert "passing over damaged checkpoint step-00000020" in output
+    assert "rank-00001.safetensors" in output
 
 
 def test_milestones_are_kept_and_old_checkpoints_go(trainer: Trainer) -> None:

@@ -48,7 +48,9 @@ from deepspeed.runtime.zero.muon.original_muon import *
 print("inductor:", "torch._inductor.compile_fx" in sys.modules)
 """
     assert "inductor: True" in run(code.format(setup=""))
-    assert "inductor: False" in run(code.format(setup="from trainer.engine.upstream import lazy_muon as m; m.install()"))
+    assert "inductor: False" in run(
+        code.format(setup="from trainer.engine.upstream import lazy_muon as m; m.install()")
+    )
 
 
 def test_muon_is_compiled_when_it_is_used() -> None:

@@ -512,14 +512,22 @@ class TestExport:
         assert "7" in unknown.stderr
         assert f"{MORE_STEPS}" in unknown.stderr, "the steps that exist are named"
 
-    def test_damaged_checkpoint(self, copy, folder: Path) -> None:
+    def test_damaged_checkpoint_and_another_working_directory(
+        self, copy, by_torchrun: Story, folder: Path, tmp_path: Path
+    ) -> None:
         directory = copy("bad export")
         damage(directory / "checkpoints" / "step-00000020")
-        done = tiny.run(tiny.command("export", directory, "--output", "exported-bad"), folder, timeout=TIMEOUT)
-        assert done.returncode in (1, 2), done
-        assert "step-00000020" in done.stderr
-        assert "Traceback" not in done.stderr
-        assert not (folder / "exported-bad").exists()
+        damaged, elsewhere = run_together(
+            tmp_path,
+            tiny.command("export", directory, "--output", "bad"),
+            tiny.command("export", by_torchrun.directory, "--output", "good"),
+        )
+        assert damaged.returncode in (1, 2), damaged
+        assert "step-00000020" in damaged.stderr
+        assert "Traceback" not in damaged.stderr
+        # The run's tokenizer.path is relative to where the run was started.
+        assert "Traceback" not in elsewhere.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["good"], elsewhere.stderr
 
 
 class TestGenerate:

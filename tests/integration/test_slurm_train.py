@@ -49,7 +49,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def test_two_nodes_train_are_killed_and_go_on(slurm_cluster, recipe: Path) -> None:  # noqa: ANN001
+def test_two_nodes_train_are_killed_and_go_on(slurm_cluster, recipe: Path) -> None:
     run = recipe.parent / "run"
     submit = [sys.executable, "-m", "trainer", "submit", str(recipe), "--nodes", "2", "--gpus-per-node", "0"]
 

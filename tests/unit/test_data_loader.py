@@ -12,7 +12,8 @@ import torch
 
 from trainer.config.data import DataConfig
 from trainer.core.errors import DataError
-from trainer.data.loader import IGNORE_INDEX, TrainLoader, validation_batches
+from trainer.core.targets import IGNORE_INDEX
+from trainer.data.loader import TrainLoader, validation_batches
 from trainer.data.shards import ShardWriter
 
 pytestmark = pytest.mark.fast

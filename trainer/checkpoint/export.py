@@ -93,7 +93,9 @@ def _save_tokenizer(reader: CheckpointReader, model: PreTrainedModel, target: Pa
     path = reader.model.get("tokenizer")
     generation = GenerationConfig.from_model_config(model.config)
     if path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=reader.model.get("tokenizer_revision"), trust_remote_code=False
+        )
         tokenizer.save_pretrained(target)
         generation.bos_token_id = tokenizer.bos_token_id
         generation.eos_token_id = tokenizer.eos_token_id
@@ -103,7 +105,7 @@ def _save_tokenizer(reader: CheckpointReader, model: PreTrainedModel, target: Pa
 
 def _compare(model: PreTrainedModel, directory: Path) -> None:
     """Raise CheckpointError unless plain transformers loads the same weights and computes the same logits."""
-    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False).eval()
     expected, found = dict(model.named_parameters()), dict(loaded.named_parameters())
     different = [name for name in expected if name not in found or not torch.equal(expected[name], found[name])]
     if different or expected.keys() != found.keys():

@@ -17,7 +17,7 @@ def evaluate(
     ],
     data: Annotated[Path, typer.Option(help="Prefix of token shards.", show_default=False)],
     sequence_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per sequence [the run's, or 512].", show_default=False)
+        int | None, typer.Option(min=1, help="Tokens per sequence (default: the run's, or 512).", show_default=False)
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

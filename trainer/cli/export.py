@@ -10,9 +10,15 @@ import typer
 
 def export(
     run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.", show_default=False)],
-    output: Annotated[Path | None, typer.Option(help="Where to write [RUN_DIR/export].", show_default=False)] = None,
-    step: Annotated[int | None, typer.Option(help="Checkpoint to export [newest].", show_default=False)] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 [the run's].", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write (default: RUN_DIR/export).", show_default=False)
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Checkpoint to export (default: the newest).", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16 (default: the run's).", show_default=False)
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier export wrote.")] = False,
 ) -> None:
     """Write a checkpoint as safetensors + config + tokenizer that plain transformers loads."""

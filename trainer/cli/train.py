@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -53,8 +54,9 @@ def _launch(recipe: Path, overrides: list[str]) -> int:
         print("raise run.steps to continue it, or use another run.directory")
         return 0
     command = [sys.executable, "-m", "trainer", "train", str(recipe), *overrides]
+    started = time.time()
     code = run_local(command, prepared.recipe.launch.processes)
-    note_silent_end(directory, code)
+    note_silent_end(directory, code, started)
     return code
 
 
@@ -66,11 +68,13 @@ def finished_step(directory: Path, total_steps: int) -> int | None:
     return newest[0] if newest is not None and newest[0] >= total_steps else None
 
 
-def note_silent_end(directory: Path, code: int) -> None:
+def note_silent_end(directory: Path, code: int, started_unix: float) -> None:
     """Say in status.json how a run ended whose rank 0 could not (SIGKILL, crash)."""
+    from trainer.core.errors import EXIT_OK, EXIT_REFUSED, EXIT_REQUEUE
     from trainer.core.status_file import read_status, write_status
 
     fields = read_status(directory) or {}
-    if code != 0 and fields.get("state") in ("starting", "running"):
+    silent = fields.get("state") == "running" or fields.get("updated_unix", 0) < started_unix
+    if code not in (EXIT_OK, EXIT_REFUSED, EXIT_REQUEUE) and silent and directory.is_dir():
         reason = f"the ranks ended with exit code {code} without a word; see {directory}/logs"
         write_status(directory, {**fields, "state": "failed", "exit_code": code, "reason": reason})

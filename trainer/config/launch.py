@@ -43,7 +43,7 @@ class LaunchConfig(Section):
 
     processes: int = Field(default=1, ge=1)
     """Ranks that ``trainer train`` starts on this machine."""
-    launcher: Literal["local", "torchrun", "slurm"] = "local"
+    launcher: Literal["local", "slurm"] = "local"
     """Who starts them."""
     slurm: SlurmConfig = SlurmConfig()
     """What is asked of SLURM; only read by ``trainer submit`` and where ``launcher`` is slurm."""

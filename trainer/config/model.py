@@ -32,7 +32,7 @@ class ModelConfig(Section):
     config: dict[str, Any] | None = None
     """Fields of the Hugging Face config, ``model_type`` among them. With ``path``: overrides of its config."""
     revision: str | None = None
-    """Commit, tag or branch of a Hugging Face id; resolved to a commit and written down."""
+    """Commit, tag or branch of a Hugging Face id. Give a commit: branches move."""
     trust_remote_code: bool = False
     """Run Python that comes with the model. Only for repositories you have read."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -56,7 +56,7 @@ Choice = Literal["auto", "fused", "reference"]
 
 
 class KernelsConfig(Section):
-    """Fused operations. ``auto`` takes the fused one where it is installed and says so."""
+    """Fused operations. ``auto`` is the reference one in this version; ``fused`` is refused."""
 
     loss: Choice = "auto"
     """Cross-entropy over the vocabulary."""

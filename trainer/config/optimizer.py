@@ -25,7 +25,7 @@ class OptimizerConfig(Section):
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """SGD's momentum."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled decay of matrices; biases, norms and other vectors are never decayed."""
+    """Decay of matrices (decoupled with AdamW, in the gradient with SGD); biases and norms are never decayed."""
     clip_norm: float = Field(default=1.0, ge=0)
     """Global gradient norm to clip at; 0 switches clipping off."""
 

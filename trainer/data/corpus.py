@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from trainer.core.errors import DataError, Problem
 from trainer.data.hub import hub_answers
@@ -239,15 +240,15 @@ def _decompressed(raw: IO[bytes], path: Path) -> Generator[IO[bytes], None, None
     suffix = path.suffix.lower()
     if suffix == ".gz":
         with gzip.open(raw) as file:
-            yield file
+            yield cast("IO[bytes]", file)
     elif suffix == ".zst":
         try:
-            import zstandard  # pyright: ignore[reportMissingImports] (optional)
+            zstandard: Any = importlib.import_module("zstandard")  # optional
         except ImportError:
             raise _refused(path, "needs the package zstandard", "pip install zstandard") from None
         try:
             with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as file:
-                yield io.BufferedReader(file, 1 << 20)
+                yield cast("IO[bytes]", io.BufferedReader(file, 1 << 20))
         except zstandard.ZstdError as error:
             raise _refused(path, f"can't be read: {error}") from None
     else:

@@ -164,7 +164,9 @@ def _from_transformers(path: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision or "main", local_files_only=cached)
+        return AutoTokenizer.from_pretrained(
+            path, revision=revision or "main", local_files_only=cached, trust_remote_code=False
+        )
     except Exception as error:  # noqa: BLE001 (a library's many ways to say: no tokenizer here)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fix = "give a directory with tokenizer.json or tokenizer.model, or a Hugging Face id"

@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 
 from trainer.config.data import DataConfig
 from trainer.core.errors import DataError, Problem
+from trainer.core.targets import IGNORE_INDEX
 from trainer.data.packing import sample_span, samples_in
 from trainer.data.sampler import Sampler
 from trainer.data.shards import TokenShards
-
-IGNORE_INDEX = -100
-"""Target of a position that doesn't count; what torch.nn.functional.cross_entropy ignores by default."""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ def _load(model: str) -> tuple[PreTrainedModel, int | None]:
         network = load_checkpoint_model(reader, dtype=None).eval()
         return network, reader.state["identity"]["data.sequence_length"]
     try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True).eval(), None
+        return AutoModelForCausalLM.from_pretrained(
+            model, dtype="auto", use_safetensors=True, trust_remote_code=False
+        ).eval(), None
     except (OSError, ValueError) as error:
         raise RefusedError(Problem("MODEL_OR_RUN", model, f"can't be loaded ({error})", "check the path")) from error

@@ -13,9 +13,12 @@ from trainer.core.errors import Problem, RefusedError
 def generate_text(model: str, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> str:
     """Return ``prompt`` and its continuation. Raises RefusedError if the directory can't be loaded."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         # cast: the type transformers declares here lacks generate()
-        network = cast("Any", AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True)).eval()
+        network = cast(
+            "Any",
+            AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True, trust_remote_code=False),
+        ).eval()
     except (OSError, ValueError) as error:
         raise RefusedError(
             Problem(

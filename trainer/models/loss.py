@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-IGNORE_INDEX = -100
-"""Targets of this value do not count (torch's and transformers' convention)."""
+from trainer.core.targets import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

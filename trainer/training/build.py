@@ -18,6 +18,7 @@ from trainer.config.run import Recipe
 from trainer.core.environ import RankEnvironment
 from trainer.core.errors import CheckpointError
 from trainer.core.units import format_count
+from trainer.core.versions import untested
 from trainer.data.loader import TrainLoader
 from trainer.engine.build import build_engine
 from trainer.engine.zero import ZeroEngine
@@ -69,7 +70,13 @@ def build_parts(
         run_directory, ranks, attempt=f"{ranks.from_first(attempt):04d}",
         keep_last=recipe.checkpoint.keep_last, keep_every_steps=recipe.checkpoint.keep_every_steps,
     )  # fmt: skip
-    model = {"config": config_to_dictionary(config), "dtype": recipe.model.dtype, "tokenizer": recipe.tokenizer.path}
+    model = {
+        "config": config_to_dictionary(config),
+        "dtype": recipe.model.dtype,
+        "tokenizer": recipe.tokenizer.path,
+        "tokenizer_revision": recipe.tokenizer.revision,
+        "commit": getattr(config, "_commit_hash", None),
+    }
     sinks, committed = open_sinks(state.step)
 
     def save() -> None:
@@ -82,6 +89,8 @@ def build_parts(
         recipe, derived, engine, loader, validation, state, sinks, save, stop_requested,
         _utilization(engine, config, recipe, derived), saved_step=state.step if reader else -1, rank=environment.rank,
     )  # fmt: skip
+    if (warning := untested()) is not None:
+        sinks.message(warning)
     sinks.message(_summary(parts, deepspeed_json, reader))
     return parts
 

@@ -12,7 +12,7 @@ from typing import Any
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
 from trainer.core.environ import RankEnvironment
-from trainer.core.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, TrainerError
+from trainer.core.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, RefusedError, TrainerError
 from trainer.core.logs import RankLog, open_rank_log
 from trainer.resilience.signals import StopFlag
 from trainer.training.run_directory import RunDirectory
@@ -20,15 +20,12 @@ from trainer.training.run_directory import RunDirectory
 
 def run_rank(recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], environment: RankEnvironment) -> int:
     """Train as one rank and return its exit code. The environment has been exported to os.environ."""
+    os.umask(0o077)  # a run directory holds paths, host names and data: private unless its owner opens it
     directory: RunDirectory | None = None
     with StopFlag() as stop, open_rank_log(Path(recipe.run.directory), environment.rank) as log:
         try:
             if environment.rank == 0:
-                directory = RunDirectory(recipe)
-                directory.write_facts(recipe, deepspeed_json, environment.world_size)
-                directory.status(
-                    state="starting", step=None, total_steps=derived.total_steps, exit_code=None, reason=None
-                )
+                directory = RunDirectory(recipe, deepspeed_json, environment.world_size)
             code = _train(recipe, derived, deepspeed_json, environment, directory, log, stop)
         except BaseException as error:  # noqa: BLE001 - status.json must say how every run ended
             code = _report(error, environment, directory, log)
@@ -98,7 +95,7 @@ def _report(error: BaseException, environment: RankEnvironment, directory: RunDi
     traceback.print_exception(error)
     code = error.exit_code if isinstance(error, TrainerError) else EXIT_FAILURE
     text = str(error) if isinstance(error, TrainerError) else f"{type(error).__name__}: {error}"
-    if directory is not None:
+    if directory is not None and not isinstance(error, RefusedError):
         directory.status(state="failed", exit_code=code, reason=text)
     rank = f"rank {environment.rank}: " if environment.world_size > 1 and not isinstance(error, TrainerError) else ""
     # A TrainerError is raised by all ranks alike, mostly; a lost connection is the echo of another rank's end.

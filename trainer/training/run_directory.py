@@ -29,8 +29,8 @@ _PACKAGES = ("trainer", "torch", "deepspeed", "transformers", "tokenizers", "saf
 class RunDirectory:
     """Rank 0's hand on RUN/: claims it, writes down what runs, keeps status.json."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        """Claim the directory. Raises RefusedError if another process is training in it."""
+    def __init__(self, recipe: Recipe, deepspeed_json: dict[str, Any], world_size: int) -> None:
+        """Claim the directory, changing nothing in it. Raises RefusedError if another process is training in it."""
         self.path = Path(recipe.run.directory)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -50,25 +50,34 @@ class RunDirectory:
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
         self.attempt = 1 + max((int(p.name) for p in self.path.glob("attempts/[0-9]*") if p.name.isdigit()), default=0)
-        self._status: dict[str, Any] = {}
-
-    def write_facts(self, recipe: Recipe, deepspeed_json: dict[str, Any], world_size: int) -> None:
-        """Write run.yaml, deepspeed.json and environment.json of this start, and as the newest at the top."""
-        facts = {
+        self._status: dict[str, Any] = {"attempt": self.attempt, "restarts": self.attempt - 1}
+        self._facts: dict[str, str] | None = {
             "run.yaml": recipe_to_yaml(recipe),
             "deepspeed.json": json.dumps(deepspeed_json, indent=2, sort_keys=True) + "\n",
             "environment.json": json.dumps(_environment(world_size), indent=2, sort_keys=True) + "\n",
         }
+
+    def status(self, **changes: Any) -> None:
+        """Change fields of status.json; the first call also writes down what this start runs.
+
+        Not called by a start that is refused: the facts and status of the run it would have continued stay.
+        A full disk must not end the run, so errors are passed over.
+        """
+        with contextlib.suppress(OSError):
+            self._write_facts()
+        self._status |= changes
+        write_status(self.path, self._status)
+
+    def _write_facts(self) -> None:
+        """Write run.yaml, deepspeed.json and environment.json of this start, and as the newest at the top."""
+        facts, self._facts = self._facts, None
+        if facts is None:
+            return
         attempt = self.path / "attempts" / f"{self.attempt:04d}"
         attempt.mkdir(mode=0o700, parents=True)
         for name, text in facts.items():
             replace_text(attempt / name, text)
             replace_text(self.path / name, text)
-
-    def status(self, **changes: Any) -> None:
-        """Change fields of status.json; a full disk must not end the run, so errors are passed over."""
-        self._status |= changes
-        write_status(self.path, {"attempt": self.attempt, "restarts": self.attempt - 1, **self._status})
 
     def release(self) -> None:
         """Let the next job in."""

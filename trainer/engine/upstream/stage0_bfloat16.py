@@ -3,7 +3,7 @@
 Upstream refuses ``grad_accum_dtype: fp32`` at stage 0 ("unsupported mix") and without it keeps no master weights: the
 second step's loss is 6.782 instead of 6.745. DeepSpeed's own BF16_Optimizer does what is wanted when its partition
 group is a single rank: nothing is partitioned, while the engine still averages gradients over the data-parallel group.
-Test: tests/distributed/test_parity.py (bfloat16, stage 0).
+Test: tests/distributed/test_engine.py (bfloat16, stage 0), test_upstream.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 ``deepspeed.zero.Init`` as a context patches torch's constructors and partitions a module as soon as its ``__init__``
 returns, before transformers initialises it: the weights are lost (first loss 7.13 instead of 6.945). Its per-parameter
-conversion does not have that fault. Test: tests/distributed/test_zero3_build.py.
+conversion does not have that fault. Test: tests/distributed/test_engine.py (initial weights), test_upstream.py.
 """
 
 from __future__ import annotations
