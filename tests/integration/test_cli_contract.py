@@ -377,10 +377,8 @@ def test_what_is_no_model(folder: Path) -> None:
     """Also a name that is neither a directory nor cached: said in words, not as upstream's retries."""
     commands = [
         ("generate", "./no-model", "--prompt", "x"),
-        ("generate", "tiny.yaml", "--prompt", "x"),
         ("generate", "nobody/nothing", "--prompt", "x"),
         ("evaluate", "./no-model", "--data", "data/valid"),
-        ("export", "no/such/run"),
     ]
     with ThreadPoolExecutor(2) as pool:
         for (_, path, *_), said in zip(

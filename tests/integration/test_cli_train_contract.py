@@ -269,7 +269,9 @@ class TestContinued:
 @pytest.fixture(scope="module")
 def changed(folder: Path, finished: Story) -> Iterator[tuple[Story, dict[str, bytes], dict[str, bytes]]]:
     def facts() -> dict[str, bytes]:
-        paths = (path for path in directory.rglob("*") if path.is_file() and path.parent.name != "logs")
+        # The refusal itself is noted: who held the lock, and why the ranks left.
+        paths = [path for path in directory.rglob("*") if path.is_file()]
+        paths = [path for path in paths if path.name != ".lock" and path.parent.name != "logs"]
         return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
 
     directory = folder / "runs" / "changed"
@@ -428,7 +430,6 @@ class TestRunning:
         first, _ = running
         assert json.loads((first.directory / "status.json").read_text())["state"] == "running"
         assert [path.name for path in (first.directory / "attempts").iterdir()] == ["0001"]
-        assert (first.directory / "logs" / "rank-00000.log").read_text().count(" start ") == 1
         last = read_metrics(first.directory)[-1]["step"]
         deadline = time.monotonic() + 20
         while read_metrics(first.directory)[-1]["step"] <= last:

@@ -46,7 +46,7 @@ def quickstart(
         _run(
             "data", "tokenize", "--input", *_standard_library(), "--tokenizer", str(tokenizer),
             "--output", str(data / "code"), "--overwrite",
-            "--validation-fraction", "0.015", "--validation-output", str(data / "code-valid"),
+            "--validation-fraction", "0.008", "--validation-output", str(data / "code-valid"),
         )  # fmt: skip
     if not recipe.exists():
         _stage(3, "measure this machine")
@@ -54,10 +54,17 @@ def quickstart(
     _stage(4, "train")
     _run("train", str(recipe))
     _stage(5, "export to Hugging Face format")
-    _run("export", str(directory), "--overwrite")
+    if not _is_exported(directory):
+        _run("export", str(directory), "--overwrite")
     _stage(6, "let it write")
     _run("generate", str(directory / "export"), "--prompt", _PROMPT, "--max-new-tokens", "96")
     _farewell(directory, recipe, time.monotonic() - started)
+
+
+def _is_exported(directory: Path) -> bool:
+    """Return whether the export is newer than the newest checkpoint."""
+    exported, newest = directory / "export" / "config.json", directory / "checkpoints" / "latest"
+    return exported.exists() and exported.stat().st_mtime > newest.stat().st_mtime
 
 
 def _stage(number: int, text: str) -> None:
@@ -98,7 +105,7 @@ def _write_recipe(target: Path, directory: Path, training_seconds: float, steps:
     steps = steps or fitting
     every = max(1, steps // (_EVALUATIONS - 1))
     settings += [
-        f"run.steps={steps}", f"model.dtype={dtype}", f"launch.processes={ranks}",
+        f"run.steps={steps}", f"schedule.warmup_steps={min(20, steps // 4)}", f"model.dtype={dtype}", f"launch.processes={ranks}",
         f"checkpoint.every_steps={every}", f"evaluation.every_steps={every}",
     ]  # fmt: skip
     replace_text(target, recipe_to_yaml(load_recipe(base, settings)))
