@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from trainer.checkpoint import layout
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.verify import damaged_files
 from trainer.core.errors import CheckpointError, Problem, RefusedError
+from trainer.models.tokenizer import load_tokenizer
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -89,13 +90,20 @@ def _find(run_directory: Path, step: int | None) -> Path:
     raise RefusedError(Problem("--step", step, f"there is no such checkpoint (there are: {held})", "give one of them"))
 
 
+def kept_tokenizer(run_directory: Path) -> Path:
+    """Return where a run keeps a copy of its tokenizer, so that it can be exported anywhere, later."""
+    return run_directory / "tokenizer"
+
+
 def _save_tokenizer(reader: CheckpointReader, model: PreTrainedModel, target: Path) -> None:
     path = reader.model.get("tokenizer")
     generation = GenerationConfig.from_model_config(model.config)
     if path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=reader.model.get("tokenizer_revision"), trust_remote_code=False
-        )
+        kept = kept_tokenizer(reader.directory.parents[1])
+        if kept.is_dir():
+            tokenizer = load_tokenizer(str(kept))
+        else:
+            tokenizer = load_tokenizer(path, reader.model.get("tokenizer_revision"))
         tokenizer.save_pretrained(target)
         generation.bos_token_id = tokenizer.bos_token_id
         generation.eos_token_id = tokenizer.eos_token_id

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
-from trainer.cli import check, data, evaluate, export, generate, quickstart, status, submit, train
-from trainer.core.errors import EXIT_REFUSED, TrainerError
+from trainer.cli import check, checkpoint, data, evaluate, export, generate, quickstart, status, submit, train
+from trainer.core.errors import EXIT_FAILURE, TrainerError
 
 app = typer.Typer(
     name="trainer",
@@ -16,12 +17,26 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    """Train Hugging Face causal LMs with DeepSpeed, on a laptop and under SLURM."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"trainer {installed('trainer')}")
+        raise typer.Exit
+
+
 app.command("train")(train.train)
 app.command("check")(check.check)
 app.add_typer(data.app, name="data")
 app.command("submit")(submit.submit)
 app.command("status")(status.status)
+app.add_typer(checkpoint.app, name="checkpoint")
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
@@ -35,6 +50,9 @@ def main() -> None:
     except TrainerError as error:
         print(f"trainer: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # `trainer ... | head`
-        sys.stderr.close()
-        sys.exit(EXIT_REFUSED)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # `trainer ... | head`
+            sys.stderr.close()
+            sys.exit(EXIT_FAILURE)
+        print(f"trainer: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILURE)

@@ -105,7 +105,8 @@ def _write_recipe(target: Path, directory: Path, training_seconds: float, steps:
     steps = steps or fitting
     every = max(1, steps // (_EVALUATIONS - 1))
     settings += [
-        f"run.steps={steps}", f"schedule.warmup_steps={min(20, steps // 4)}", f"model.dtype={dtype}", f"launch.processes={ranks}",
+        f"run.steps={steps}",
+        f"schedule.warmup_steps={min(20, steps // 4)}", f"model.dtype={dtype}", f"launch.processes={ranks}",
         f"checkpoint.every_steps={every}", f"evaluation.every_steps={every}",
     ]  # fmt: skip
     replace_text(target, recipe_to_yaml(load_recipe(base, settings)))

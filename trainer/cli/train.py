@@ -44,18 +44,22 @@ def train(
 
 def _launch(recipe: Path, overrides: list[str]) -> int:
     """Refuse a bad recipe before anything starts, then start local ranks and wait for them."""
+    from trainer.core.run_lock import refuse_if_held
     from trainer.launch.local import run_local
     from trainer.preflight.check import prepare
 
     prepared = prepare(recipe, overrides, None)
     directory = Path(prepared.recipe.run.directory)
     if (done := finished_step(directory, prepared.derived.total_steps)) is not None:
-        print(f"already finished: {done} of {prepared.derived.total_steps} steps in {directory}")
+        print(f"already finished: at step {done}, {prepared.derived.total_steps} asked for, in {directory}")
         print("raise run.steps to continue it, or use another run.directory")
         return 0
+    refuse_if_held(directory)
+    processes = prepared.recipe.launch.processes
+    print(f"{prepared.recipe.run.name}: starting {processes} rank{'s' if processes > 1 else ''}", flush=True)
     command = [sys.executable, "-m", "trainer", "train", str(recipe), *overrides]
     started = time.time()
-    code = run_local(command, prepared.recipe.launch.processes)
+    code = run_local(command, processes)
     note_silent_end(directory, code, started)
     return code
 

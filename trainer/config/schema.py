@@ -61,19 +61,33 @@ def build_recipe(mapping: Mapping[str, Any]) -> tuple[Recipe | None, list[Proble
     return _validate(mapping)
 
 
-def without_unknown_keys(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of ``mapping`` less the keys the schema does not know, so that the rest can still be checked."""
+def without_refused(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """Return a copy of ``mapping`` less what the schema refuses, and the dotted keys left out.
+
+    Defaults stand in for them, so that the rest can still be checked.
+    """
     copy = _copied(dict(mapping))
+    left_out: set[str] = set()
     try:
         Recipe.model_validate(copy)
     except ValidationError as error:
-        for details in error.errors():
-            if details["type"] == "extra_forbidden":
-                parent: Any = copy
-                for part in details["loc"][:-1]:
-                    parent = parent[part]
-                parent.pop(details["loc"][-1], None)
-    return copy
+        # Backwards: entries of a list keep their numbers.
+        for details in reversed(error.errors()):
+            path = details["loc"]
+            if path and _remove(copy, path):
+                left_out.add(".".join(str(part) for part in path))
+    return copy, left_out
+
+
+def _remove(mapping: dict[str, Any], path: tuple[int | str, ...]) -> bool:
+    parent: Any = mapping
+    try:
+        for part in path[:-1]:
+            parent = parent[part]
+        del parent[path[-1]]
+    except (KeyError, IndexError, TypeError):
+        return False
+    return True
 
 
 def json_schema() -> dict[str, Any]:

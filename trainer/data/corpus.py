@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from trainer.core.errors import DataError, Problem
-from trainer.data.hub import hub_answers
+from trainer.core.hub import hub_answers
 
 _JSONL = re.compile(r"\.(jsonl|ndjson)(\.gz|\.zst)?$", re.IGNORECASE)
 _DATASET_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?$")

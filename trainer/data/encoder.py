@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.errors import DataError, Problem
-from trainer.data.hub import hub_answers
+from trainer.core.hub import hub_answers
 
 # Classes for which transformers uses tokenizer.json as it is. Others rebuild parts of it (LlamaTokenizer always
 # brings its own pre-tokenizer), and beside a config.json the model type may overrule the class (qwen2 does): there

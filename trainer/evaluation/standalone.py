@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trainer.checkpoint import layout
 from trainer.checkpoint.export import load_checkpoint_model
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.core.errors import Problem, RefusedError
 from trainer.data.loader import validation_batches
+from trainer.models.load import load_model
 from trainer.models.loss import cross_entropy_sum
 from trainer.telemetry.record import perplexity
 
@@ -40,9 +41,4 @@ def _load(model: str) -> tuple[PreTrainedModel, int | None]:
         reader = CheckpointReader(newest[1])
         network = load_checkpoint_model(reader, dtype=None).eval()
         return network, reader.state["identity"]["data.sequence_length"]
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            model, dtype="auto", use_safetensors=True, trust_remote_code=False
-        ).eval(), None
-    except (OSError, ValueError) as error:
-        raise RefusedError(Problem("MODEL_OR_RUN", model, f"can't be loaded ({error})", "check the path")) from error
+    return load_model(model, "MODEL_OR_RUN"), None

@@ -186,10 +186,10 @@ class _Launcher:
             if rank.unexpected_signal is not None:
                 hint = " (the system kills so when memory runs out)" if rank.killed_by is signal.SIGKILL else ""
                 self.say(f"rank {rank.number} was killed by {rank.unexpected_signal.name}{hint}")
-            elif code > 0 and code != EXIT_REQUEUE and self.failed_at is None:
-                self.say(f"rank {rank.number} exited with code {code}")
-            else:
+            elif code <= 0 or code == EXIT_REQUEUE:
                 continue
+            elif code != EXIT_REFUSED and self.failed_at is None:  # a refusal speaks for itself
+                self.say(f"rank {rank.number} exited with code {code}")
             if self.failed_at is None:
                 self.failed_at = time.monotonic()
 

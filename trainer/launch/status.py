@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from trainer.checkpoint.layout import step_directories
 from trainer.core.errors import RefusedError
+from trainer.core.run_lock import holder
 from trainer.core.status_file import read_status
 from trainer.core.units import format_count, format_duration
 from trainer.launch.slurm_commands import SlurmCommandError, queue_state
@@ -28,7 +29,7 @@ class RunStatus:
 
     run_directory: str
     state: str | None
-    """starting, running, finished, stopped or failed, as the run itself last said."""
+    """running, finished, stopped or failed, as the run last said; killed where it could not say."""
     step: int | None
     total_steps: int | None
     checkpoints: list[int]
@@ -73,7 +74,7 @@ def collect(run_directory: Path) -> RunStatus:
     job_state, job_note = _job_state(jobs[-1]) if jobs else (None, None)
     return RunStatus(
         run_directory=str(run_directory),
-        state=_text(fields.get("state")),
+        state=_living_state(run_directory, _text(fields.get("state")), job_state),
         step=step,
         total_steps=total,
         checkpoints=checkpoints,
@@ -89,6 +90,16 @@ def collect(run_directory: Path) -> RunStatus:
         job_state=job_state,
         job_note=job_note,
     )
+
+
+def _living_state(run_directory: Path, said: str | None, job_state: str | None) -> str | None:
+    """Return the state the run last gave itself, "killed" where it said running and nothing runs any more.
+
+    A job that SLURM calls RUNNING is believed: locks may not be shared between hosts.
+    """
+    if said == "running" and job_state != "RUNNING" and holder(run_directory) is None:
+        return "killed"
+    return said
 
 
 def describe(status: RunStatus) -> str:

@@ -21,6 +21,7 @@ from transformers import initialization as hf_initialization
 
 from trainer.config.model import ModelConfig
 from trainer.core.errors import Problem, RecipeError
+from trainer.core.hub import unreachable
 
 
 class Sharding(Protocol):
@@ -82,6 +83,7 @@ def _load(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         attn_implementation=model.attention,
+        local_files_only=unreachable(model.path or ""),
         dtype=getattr(torch, model.dtype),
         use_safetensors=True,  # pickled weights run code on load
     )

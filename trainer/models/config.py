@@ -9,6 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from trainer.config.model import ModelConfig
 from trainer.core.errors import Problem, RecipeError
+from trainer.core.hub import unreachable
 
 
 def hugging_face_config(model: ModelConfig) -> PretrainedConfig:
@@ -22,7 +23,11 @@ def hugging_face_config(model: ModelConfig) -> PretrainedConfig:
             config = AutoConfig.for_model(overrides.pop("model_type"), **overrides)
         else:
             config = AutoConfig.from_pretrained(
-                model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, **overrides
+                model.path,
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
+                local_files_only=unreachable(model.path),
+                **overrides,
             )
     except (OSError, ValueError, TypeError, KeyError) as error:
         key = "model.path" if model.path else "model.config"

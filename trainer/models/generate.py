@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.core.errors import Problem, RefusedError
+from trainer.models.load import load_model
+from trainer.models.tokenizer import load_tokenizer
 
 
 def generate_text(model: str, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> str:
     """Return ``prompt`` and its continuation. Raises RefusedError if the directory can't be loaded."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        # cast: the type transformers declares here lacks generate()
-        network = cast(
-            "Any",
-            AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True, trust_remote_code=False),
-        ).eval()
-    except (OSError, ValueError) as error:
-        raise RefusedError(
-            Problem(
-                "MODEL_DIR", model, f"can't be loaded ({error})", "give what `trainer export` wrote, with a tokenizer"
-            )
-        ) from error
+    network = load_model(model, "MODEL_DIR")
+    tokenizer = load_tokenizer(model, key="MODEL_DIR")
     encoded = tokenizer(prompt, return_tensors="pt")
     if encoded["input_ids"].numel() == 0:
         raise RefusedError(Problem("--prompt", prompt, "holds no token", "give some text"))

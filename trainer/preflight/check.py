@@ -15,7 +15,7 @@ from trainer.config.deepspeed_json import deepspeed_problems, resolve_deepspeed
 from trainer.config.derive import Derived, derive, world_size_of
 from trainer.config.load import read_mapping
 from trainer.config.run import Recipe
-from trainer.config.schema import build_recipe, without_unknown_keys
+from trainer.config.schema import build_recipe, without_refused
 from trainer.core.errors import Problem, RecipeError
 from trainer.preflight.facts import Facts
 from trainer.preflight.rules import RULES
@@ -72,9 +72,12 @@ def raise_if_refused(recipe: Recipe, world_size: int, title: str = "recipe refus
 
 def _beyond_the_schema(mapping: Mapping[str, Any], world_size: int | None) -> list[Problem]:
     """Return what can be said of a recipe that breaks the schema, without guessing at what was meant."""
-    recipe, _ = build_recipe(without_unknown_keys(mapping))
-    if recipe is not None:  # only unknown keys were wrong: all the rest can be judged
-        return check(recipe, world_size_of(recipe) if world_size is None else world_size)
+    rest, left_out = without_refused(mapping)
+    recipe, _ = build_recipe(rest)
+    if recipe is not None:
+        found = check(recipe, world_size_of(recipe) if world_size is None else world_size)
+        # What stands in for a refused value is not the user's.
+        return [problem for problem in found if problem.key not in left_out]
     section = mapping.get("deepspeed")
     given: Mapping[str, Any] = cast("Mapping[str, Any]", section) if isinstance(section, Mapping) else {}
     base, override = given.get("base", "zero1"), given.get("override", {})

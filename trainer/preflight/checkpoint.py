@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.core.errors import Problem
+from trainer.checkpoint.identity import data_differences, data_identity, model_differences
+from trainer.checkpoint.layout import FORMAT, VERSION, newest, read_manifest
+from trainer.core.errors import DataError, Problem
+from trainer.data.sampler import Sampler
+from trainer.data.shards import TokenShards
 from trainer.preflight.facts import NOT_AVAILABLE, Facts, Failing, Rule
 
 
@@ -62,6 +67,26 @@ def _resume(facts: Facts) -> Iterator[Problem]:
         yield Problem("checkpoint.resume", resume, rule, "choose another run.directory, or set it to auto to continue")
 
 
+def _identity(facts: Facts) -> Iterator[Problem]:
+    """The newest checkpoint was written by a run that read the same data in the same order, with the same shapes."""
+    recipe = facts.recipe
+    found = newest(Path(recipe.run.directory)) if recipe.checkpoint.resume != "never" else None
+    manifest = read_manifest(found[1]) if found else None
+    if found is None or manifest is None:
+        return
+    where = found[1].name
+    state, model = manifest.get("state", {}), manifest.get("model", {})
+    if recipe.model.path is None and recipe.model.config is not None:
+        yield from model_differences(model.get("config", {}), recipe.model.config, where)
+    try:
+        shards = [TokenShards(source.path) for source in recipe.data.train]
+        weights = [source.weight for source in recipe.data.train]
+        fingerprint = Sampler(shards, weights, recipe.run.seed, recipe.data.sequence_length).fingerprint
+    except (DataError, OSError):  # the rules of data.train say why
+        return
+    yield from data_differences(state.get("identity", {}), data_identity(recipe, fingerprint), where)
+
+
 def _file(tmp: Path) -> dict[str, Any]:
     (tmp / "file").write_text("", encoding="utf-8")
     return {"run.directory": str(tmp / "file")}
@@ -78,6 +103,22 @@ def _checkpoint(tmp: Path) -> dict[str, Any]:
     return {"run.directory": str(tmp / "old"), "checkpoint.resume": "never"}
 
 
+def _another_run(tmp: Path) -> dict[str, Any]:
+    step = tmp / "old" / "checkpoints" / "step-00000005"
+    step.mkdir(parents=True)
+    (step / "rank-00000.safetensors").write_bytes(b"")
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": 5,
+        "files": {"rank-00000.safetensors": {"bytes": 0, "xxh3_64": "0" * 16}},
+        "state": {"identity": {"run.seed": 987654}},
+        "model": {"config": {}},
+    }
+    (step / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return {"run.directory": str(tmp / "old")}
+
+
 RULES = (
     Rule("run directory named", _directory, Failing({"run.directory": " "})),
     Rule("run directory is none of the files", _directory, Failing(prepare=_file)),
@@ -85,5 +126,6 @@ RULES = (
     Rule("kept steps are saved", _multiple, Failing({"checkpoint.every_steps": 2, "checkpoint.keep_every_steps": 3})),
     Rule("asynchronous writer available", _asynchronous, Failing({"checkpoint.asynchronous": True})),
     Rule("resume finds a checkpoint", _resume, Failing({"checkpoint.resume": "require"})),
+    Rule("a resume reads the same data into the same model", _identity, Failing(prepare=_another_run)),
     Rule("a fresh run is fresh", _resume, Failing(prepare=_checkpoint)),
 )

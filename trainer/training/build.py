@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from trainer.checkpoint import layout, random_state
 from trainer.checkpoint.agreement import Ranks
+from trainer.checkpoint.identity import data_identity
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.select import choose
 from trainer.checkpoint.writer import CheckpointWriter
@@ -29,8 +30,9 @@ from trainer.tasks.pretrain import loss_spec
 from trainer.telemetry.sinks.base import Fanout
 from trainer.telemetry.throughput import device_name, model_flops_utilization, peak_flops_per_second
 from trainer.training.loop import Parts
-from trainer.training.resume import identity, refuse_if_different, restore_generators
+from trainer.training.resume import refuse_if_different, restore_generators
 from trainer.training.state import TrainState
+from trainer.training.tokenizer import keep, load_on_first_rank
 
 
 def build_parts(
@@ -53,6 +55,7 @@ def build_parts(
     run_directory = Path(recipe.run.directory)
     found = choose(run_directory, recipe.checkpoint.resume, ranks, say)
     reader = CheckpointReader(found) if found else None
+    tokenizer = load_on_first_rank(recipe, ranks)
     source = _run_as_source(recipe)
     config = hugging_face_config(_model_section(recipe, source))
     state = TrainState.from_json(reader.state["train"]) if reader else TrainState()
@@ -64,8 +67,9 @@ def build_parts(
     engine = build_engine(
         recipe, config, deepspeed_json, loss_spec(), environment, from_scratch=reader is not None or source is not None
     )
-    facts = identity(recipe, loader.fingerprint)
+    facts = data_identity(recipe, loader.fingerprint)
     _fill_engine(engine, recipe, config, ranks, reader, source, state, facts, say)
+    keep(tokenizer, recipe)
     writer = CheckpointWriter(
         run_directory, ranks, attempt=f"{ranks.from_first(attempt):04d}",
         keep_last=recipe.checkpoint.keep_last, keep_every_steps=recipe.checkpoint.keep_every_steps,

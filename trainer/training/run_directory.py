@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -17,7 +16,7 @@ from typing import Any
 from trainer.config.load import recipe_to_yaml
 from trainer.config.run import Recipe
 from trainer.core.durable import replace_text
-from trainer.core.errors import Problem, RefusedError
+from trainer.core.run_lock import RunLock
 from trainer.core.status_file import write_status
 
 _LOGGED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
@@ -33,22 +32,7 @@ class RunDirectory:
         """Claim the directory, changing nothing in it. Raises RefusedError if another process is training in it."""
         self.path = Path(recipe.run.directory)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
-            os.close(self._lock)
-            raise RefusedError(
-                Problem(
-                    "run.directory",
-                    str(self.path),
-                    f"another job is training here ({owner or 'unknown'})",
-                    "wait for it, stop it, or use another run.directory",
-                )
-            ) from error
-        os.truncate(self._lock, 0)
-        os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        self._lock = RunLock(self.path)
         self.attempt = 1 + max((int(p.name) for p in self.path.glob("attempts/[0-9]*") if p.name.isdigit()), default=0)
         self._status: dict[str, Any] = {"attempt": self.attempt, "restarts": self.attempt - 1}
         self._facts: dict[str, str] | None = {
@@ -81,8 +65,7 @@ class RunDirectory:
 
     def release(self) -> None:
         """Let the next job in."""
-        with contextlib.suppress(OSError):
-            os.close(self._lock)
+        self._lock.release()
 
 
 def _environment(world_size: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 _TIMEOUT_SECONDS = 10.0
@@ -19,3 +20,8 @@ def hub_answers(repository: str, kind: Literal["model", "dataset"]) -> bool:
     except Exception:  # noqa: BLE001 (offline mode, no network, no name server, not an id: no answer)
         return False
     return True
+
+
+def unreachable(path: str, kind: Literal["model", "dataset"] = "model") -> bool:
+    """Return whether ``path`` is a Hugging Face id of a Hub that does not answer: then only the cache can have it."""
+    return not Path(path).exists() and not hub_answers(path, kind)
