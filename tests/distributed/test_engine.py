@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import TESTS, run_reference, run_workers
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 WORKER = TESTS / "distributed" / "engine_worker.py"
 LLAMA = {
@@ -75,6 +78,11 @@ WEIGHTS = [
     for dtype in ("float32", "bfloat16")
     for stage in (0, 3)
 ]
+LOADED = [
+    {"check": "weights", "stage": stage, "model": {"path": name, "config": None}, "loaded": name}
+    for name in ("llama", "gpt2")
+    for stage in (0, 3)
+]
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +97,13 @@ def reference(directory: Path) -> list[list[float]]:
 
 @pytest.fixture(scope="session")
 def results(directory: Path):
-    cases = {1: PARITY, 2: PARITY + EXTRA + VETO + WEIGHTS}
+    for case in LOADED:
+        path = directory / case["loaded"]
+        torch.manual_seed(1)
+        config = AutoConfig.for_model(**(LLAMA if case["loaded"] == "llama" else GPT2))
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+        case["model"]["path"] = str(path)
+    cases = {1: PARITY, 2: PARITY + EXTRA + VETO + WEIGHTS + LOADED}
 
     @functools.cache
     def of(world_size: int) -> list[dict[str, Any]]:
@@ -174,3 +188,13 @@ def test_zero3_starts_from_the_weights_of_stage_0(results, family: str, dtype: s
     assert all(math.isfinite(value) for sums in stages[0].values() for value in sums)  # every element was there
     assert stages[0] == stages[3]
     assert any(total > 0 for _, total in stages[0].values())
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_pretrained_weights_arrive_whole(results, directory: Path, name: str, stage: int) -> None:
+    [found] = chosen(results(2), loaded=name, stage=stage)
+    stored = load_file(directory / name / "model.safetensors")
+    assert found["result"].keys() == stored.keys()
+    for key, tensor in stored.items():
+        assert found["result"][key] == [tensor.double().sum().item(), tensor.double().abs().sum().item()]
