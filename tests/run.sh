@@ -14,4 +14,5 @@ if [ "${1:-}" = fast ]; then
   exec $bin/python -m pytest -q -m fast "$@"
 fi
 PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $bin/pyright --pythonpath $bin/python
-exec $bin/python -m pytest -q --durations=15 "$@"
+# Two files at a time: tests wait on ranks more than they compute. In the order of collection, the long files first.
+exec $bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@"

@@ -62,7 +62,7 @@ def test_tokens_round_up_to_whole_steps(tokens: float) -> None:
     [
         ({}, 1),
         ({"processes": 3}, 3),
-        ({"processes": 3, "launcher": "torchrun", "slurm": {"nodes": 4}}, 3),
+        ({"processes": 3, "launcher": "local", "slurm": {"nodes": 4}}, 3),
         ({"launcher": "slurm", "slurm": {"nodes": 2}}, 16),
         ({"launcher": "slurm", "processes": 2, "slurm": {"nodes": 3, "gpus_per_node": 0}}, 6),
     ],
