@@ -103,7 +103,7 @@ def _write_recipe(target: Path, directory: Path, training_seconds: float, steps:
     evaluation = samples / recipe.batch.micro_size / ranks * micro / 3  # forward only
     fitting = int(max(_STEPS[0], min(_STEPS[1], (training_seconds - _EVALUATIONS * evaluation) / step)))
     steps = steps or fitting
-    every = max(1, steps // (_EVALUATIONS - 1))
+    every = -(-steps // (_EVALUATIONS - 1))
     settings += [
         f"run.steps={steps}",
         f"schedule.warmup_steps={min(20, steps // 4)}", f"model.dtype={dtype}", f"launch.processes={ranks}",

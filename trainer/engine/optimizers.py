@@ -7,17 +7,17 @@ from torch import nn
 
 from trainer.config.optimizer import OptimizerConfig
 from trainer.optim.groups import decayed
+from trainer.optim.table import TABLE
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """Return the optimizer over trainable parameters in two groups, decayed and not."""
-    groups = parameter_groups(network, config.weight_decay)
-    fused = device.type in ("cpu", "cuda")
-    if config.name == "adamw":
-        return torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, weight_decay=0.0, fused=fused
-        )
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, weight_decay=0.0, fused=fused)
+    spec = TABLE[config.name]
+    settings = spec.hyperparameters(config)
+    groups = parameter_groups(network, settings.pop("weight_decay"))
+    # torch's fused step exists on both; elsewhere its default
+    fused = True if device.type in ("cpu", "cuda") else None
+    return getattr(torch.optim, spec.torch_class)(groups, weight_decay=0.0, fused=fused, **settings)
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
@@ -40,17 +40,15 @@ def initialise_state(config: OptimizerConfig, optimizer: torch.optim.Optimizer, 
 
     A step vetoed at the very start then leaves the same state as one that was never taken.
     """
+    spec = TABLE[config.name]
     for parameter in parameters:
         state = optimizer.state[parameter]
         if state:
             continue
-        if config.name == "adamw":
-            # fused keeps the count on the parameter's device
+        if spec.counts_steps:  # the fused step keeps its count on the parameter's device
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        elif config.momentum:
-            state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        for key in spec.torch_state_keys(config).values():
+            state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
 def set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -60,5 +58,14 @@ def set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
             state["step"].fill_(float(steps))
 
 
-STATE_KEYS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum_buffer": "momentum"}
-"""torch's name of a state tensor -> the name in a checkpoint."""
+class MasterState:
+    """The master weights torch's optimizer steps on, with what it keeps about them, under the names of a checkpoint."""
+
+    def __init__(self, config: OptimizerConfig, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._torch_keys = TABLE[config.name].torch_state_keys(config)
+
+    def of(self, master: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return ``weight`` and the optimizer's tensors of one master tensor, each of its shape."""
+        state = self.optimizer.state[master]
+        return {"weight": master.detach()} | {key: state[name] for key, name in self._torch_keys.items()}

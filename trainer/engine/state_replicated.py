@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from trainer.engine.base import StateSlice
-from trainer.engine.optimizers import STATE_KEYS
+from trainer.engine.optimizers import MasterState
 
 
 def writers(sizes: Iterable[tuple[str, int]], world_size: int) -> dict[str, int]:
@@ -41,9 +41,9 @@ def replicated_tensors(tensors: list[tuple[str, torch.Tensor]], rank: int, world
 class ReplicatedState:
     """Stage 0 in float32: the parameters are the masters and torch's optimizer holds the rest."""
 
-    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world_size: int) -> None:
+    def __init__(self, network: nn.Module, masters: MasterState, rank: int, world_size: int) -> None:
         self._parameters = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-        self._optimizer = optimizer
+        self._masters = masters
         self._rank = rank
         self._writers = writers(((name, p.numel()) for name, p in self._parameters), world_size)
 
@@ -56,11 +56,8 @@ class ReplicatedState:
         for name, parameter in self._parameters:
             primary = self._writers[name] == self._rank
             shape = tuple(parameter.shape)
-            yield StateSlice(name, "weight", shape, 0, parameter.detach().view(-1), primary)
-            for torch_key, key in STATE_KEYS.items():
-                if torch_key in self._optimizer.state[parameter]:
-                    state = self._optimizer.state[parameter][torch_key].view(-1)
-                    yield StateSlice(name, key, shape, 0, state, primary)
+            for key, tensor in self._masters.of(parameter).items():
+                yield StateSlice(name, key, shape, 0, tensor.view(-1), primary)
 
     def refresh(self) -> None:
         """Nothing to do: masters and compute weights are one."""

@@ -13,18 +13,26 @@ import torch
 from torch import nn
 
 from trainer.engine.base import StateSlice
-from trainer.engine.optimizers import STATE_KEYS
+from trainer.engine.optimizers import MasterState
 from trainer.engine.state_replicated import writers
 
 
 class FlatPartitionState:
     """Slices of DeepSpeedZeroOptimizer (ZeRO-1/2) or BF16_Optimizer."""
 
-    def __init__(self, network: nn.Module, zero_optimizer: Any, replicated: bool, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        zero_optimizer: Any,
+        masters: MasterState,
+        replicated: bool,
+        rank: int,
+        world_size: int,
+    ) -> None:
         # Any: DeepSpeed hangs _hp_mapping on them.
         self._parameters: list[tuple[str, Any]] = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
         self._zero = zero_optimizer
-        self._optimizer: torch.optim.Optimizer = zero_optimizer.optimizer
+        self._masters = masters
         self._rank = rank
         # Unpartitioned (stage 0): every rank has all of it, so one of them is chosen to write.
         self._writers = writers(((name, p.numel()) for name, p in self._parameters), world_size) if replicated else None
@@ -46,11 +54,7 @@ class FlatPartitionState:
             start = mapping.lp_fragment_address.start
             address = mapping.hp_fragment_address
             flat = flats[mapping.param_group_index]
-            tensors = {"weight": flat.detach()}
-            tensors |= {
-                key: self._optimizer.state[flat][k] for k, key in STATE_KEYS.items() if k in self._optimizer.state[flat]
-            }
-            for key, tensor in tensors.items():
+            for key, tensor in self._masters.of(flat).items():
                 yield StateSlice(name, key, shape, start, tensor.narrow(0, address.start, address.numel), primary)
 
     def refresh(self) -> None:

@@ -10,16 +10,16 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import distributed, nn
 
 from trainer.engine.base import StateSlice
-from trainer.engine.optimizers import STATE_KEYS
+from trainer.engine.optimizers import MasterState
 
 
 class Zero3State:
     """Slices of DeepSpeedZeroOptimizer_Stage3."""
 
-    def __init__(self, network: nn.Module, zero_optimizer: Any) -> None:
+    def __init__(self, network: nn.Module, zero_optimizer: Any, masters: MasterState) -> None:
         self._network = network
         self._zero = zero_optimizer
-        self._optimizer: torch.optim.Optimizer = zero_optimizer.optimizer
+        self._masters = masters
 
     def flat_masters(self) -> list[torch.Tensor]:
         """Return this rank's float32 partitions, one a sub-group."""
@@ -43,9 +43,7 @@ class Zero3State:
         zero = self._zero
         group, offset, count = zero.grad_position[zero.get_param_id(parameter)]
         flat = zero.fp32_partitioned_groups_flat[group]
-        state = self._optimizer.state[flat]
-        tensors = {"weight": flat.detach()} | {key: state[k] for k, key in STATE_KEYS.items() if k in state}
-        return {key: tensor.narrow(0, offset, count) for key, tensor in tensors.items()}
+        return {key: tensor.narrow(0, offset, count) for key, tensor in self._masters.of(flat).items()}
 
     def refresh(self) -> None:
         """Copy the masters into this rank's compute weights; whole ones gathered earlier are let go."""

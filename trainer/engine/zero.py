@@ -15,7 +15,7 @@ from torch import distributed, nn
 from trainer.config.optimizer import OptimizerConfig
 from trainer.data.loader import MicroBatch
 from trainer.engine.base import Accept, StateReader, StateSlice, StepPreview, StepResult
-from trainer.engine.optimizers import initialise_state, set_optimizer_steps
+from trainer.engine.optimizers import MasterState, initialise_state, set_optimizer_steps
 from trainer.engine.state_replicated import ReplicatedState, persistent_buffers, replicated_tensors
 from trainer.engine.state_zero3 import Zero3State
 from trainer.engine.state_zero12 import FlatPartitionState
@@ -36,7 +36,7 @@ class ZeroEngine:
         self._device = cast("torch.device", engine.device)
         self._world_size = distributed.get_world_size()
         self._rank = distributed.get_rank()
-        self._state = self._state_access()
+        self._state = self._state_access(MasterState(optimizer, self._base))
         initialise_state(optimizer, self._base, self._state.flat_masters())
         self._plain_norm: torch.Tensor | None = None
         if stage == 0 and not engine.bfloat16_enabled():
@@ -134,13 +134,13 @@ class ZeroEngine:
         logits = self._engine(input_ids=inputs, use_cache=False).logits
         return self._loss.function(logits, targets)
 
-    def _state_access(self) -> ReplicatedState | FlatPartitionState | Zero3State:
+    def _state_access(self, masters: MasterState) -> ReplicatedState | FlatPartitionState | Zero3State:
         optimizer = self._engine.optimizer
         if self._stage == 3:
-            return Zero3State(self._network, optimizer)
+            return Zero3State(self._network, optimizer, masters)
         if optimizer is self._base:
-            return ReplicatedState(self._network, self._base, self._rank, self._world_size)
-        return FlatPartitionState(self._network, optimizer, self._stage == 0, self._rank, self._world_size)
+            return ReplicatedState(self._network, masters, self._rank, self._world_size)
+        return FlatPartitionState(self._network, optimizer, masters, self._stage == 0, self._rank, self._world_size)
 
     def _clip_and_keep_norm(self) -> None:
         trained = [p for p in self._network.parameters() if p.grad is not None]
