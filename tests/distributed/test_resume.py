@@ -218,3 +218,26 @@ def test_another_run_gives_its_weights_and_a_fresh_optimizer(trainer: Trainer) -
     trainer.check(trainer.train(target), target)
     start, end = trainer.metrics("pupil"), trainer.metrics("teacher")
     assert abs(start[0, "evaluation"] - end[STEPS, "evaluation"]) < 1e-6
+
+
+def test_a_bad_token_on_one_rank_is_told_whichever_rank_reads_it(trainer: Trainer) -> None:
+    prefix = trainer.directory / "foreign"
+    with ShardWriter(prefix, 1000, end_of_document_id=0) as writer:
+        for number in range(80):  # 80 x 64 tokens + 1: every one of 160 samples is read in 20 steps
+            tokens = [1 + (number + 7 * i) % 511 for i in range(63)] + [0]
+            tokens[30] = 777 if number == 61 else tokens[30]  # beyond the model's 512
+            writer.add(tokens)
+        writer.add([0])
+        writer.commit()
+    prefix.with_suffix(".json").unlink()  # as Megatron writes them: nothing says beforehand what ids are inside
+    told = []
+    for seed in range(4):  # by the order of the seed one rank or the other meets it
+        recipe = trainer.recipe(f"foreign-{seed}", run={"seed": seed})
+        recipe.write_text(recipe.read_text().replace(str(trainer.directory / "train"), str(prefix)))
+        codes = trainer.train(recipe)
+        told.append(codes.index(2))
+        output = recipe.with_suffix(".out").read_text()
+        assert output.count("777") == 1, output
+        assert "foreign" in output
+        assert "Traceback" not in output
+    assert set(told) == {0, 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -83,16 +84,15 @@ class ZeroEngine:
             if index + 1 == len(batches):
                 distributed.all_reduce(loss_sum)
                 boundary = time.perf_counter()
-                self._gate.arm(partial(self._preview, loss_sum, totals), accept)
+                self._gate.arm(partial(self._read, loss_sum, totals), accept)
             self._engine.step()
-        preview, applied = self._gate.verdict(overflow=getattr(self._engine.optimizer, "overflow", False))
-        count, stops = int(totals[0]), int(totals[1])
+        reading, applied = self._gate.verdict(overflow=getattr(self._engine.optimizer, "overflow", False))
         return StepResult(
-            loss=preview.loss,
-            grad_norm=preview.grad_norm,
-            target_tokens=count,
+            loss=reading.preview.loss,
+            grad_norm=reading.preview.grad_norm,
+            target_tokens=reading.target_tokens,
             applied=applied,
-            stop_requests=stops,
+            stop_requests=reading.stop_requests,
             forward_backward_seconds=boundary - started,
             optimizer_seconds=time.perf_counter() - boundary,
         )
@@ -146,8 +146,8 @@ class ZeroEngine:
         trained = [p for p in self._network.parameters() if p.grad is not None]
         self._plain_norm = nn.utils.clip_grad_norm_(trained, self._clip_norm, foreach=False)
 
-    def _preview(self, loss_sum: torch.Tensor, totals: torch.Tensor) -> StepPreview:
-        """Read loss and gradient norm: the one device-to-host read of a step."""
+    def _read(self, loss_sum: torch.Tensor, totals: torch.Tensor) -> _Reading:
+        """Read loss, gradient norm and counts at once: the one device-to-host read of a step."""
         norm = getattr(self._engine.optimizer, "_global_grad_norm", None)
         if norm is None:
             norm = self._plain_norm
@@ -156,8 +156,15 @@ class ZeroEngine:
             norm = nn.utils.get_total_norm(grads)
         self._plain_norm = None
         norm = torch.as_tensor(norm, dtype=torch.float64, device=self._device)
-        loss, norm = torch.stack([loss_sum / totals[0].clamp(min=1), norm]).tolist()
-        return StepPreview(loss=loss, grad_norm=norm)
+        loss, norm, count, stops = torch.stack([loss_sum / totals[0].clamp(min=1), norm, *totals.double()]).tolist()
+        return _Reading(StepPreview(loss=loss, grad_norm=norm), int(count), int(stops))
+
+
+@dataclass(frozen=True)
+class _Reading:
+    preview: StepPreview
+    target_tokens: int
+    stop_requests: int
 
 
 class _Gate:
@@ -169,26 +176,27 @@ class _Gate:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._hidden: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._preview: StepPreview | None = None
+        self._reading: _Reading | None = None
         self._applied = True
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
-    def arm(self, preview: Callable[[], StepPreview], accept: Accept) -> None:
+    def arm(self, read: Callable[[], _Reading], accept: Accept) -> None:
         """Prepare for the coming ``engine.step()``."""
-        self._ask, self._accept, self._preview, self._applied = preview, accept, None, True
+        self._read, self._accept, self._reading = read, accept, None
 
-    def verdict(self, overflow: bool) -> tuple[StepPreview, bool]:
-        """Return what was seen and whether the step was applied. Upstream refuses inf and nan by itself."""
-        if self._preview is None:
-            self._preview = self._ask()
-            self._applied = self._accept(self._preview) and not overflow
-        return self._preview, self._applied and not overflow
+    def verdict(self, overflow: bool) -> tuple[_Reading, bool]:
+        """Return what was read and whether the step was applied. Upstream refuses inf and nan by itself."""
+        return self._ask(), self._applied and not overflow
+
+    def _ask(self) -> _Reading:
+        if self._reading is None:
+            self._reading = self._read()
+            self._applied = self._accept(self._reading.preview)
+        return self._reading
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._preview is None:
-            self._preview = self._ask()
-            self._applied = self._accept(self._preview)
+        self._ask()
         if not self._applied:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -98,13 +99,22 @@ def _report(error: BaseException, environment: RankEnvironment, directory: RunDi
     if directory is not None and not isinstance(error, RefusedError):
         directory.status(state="failed", exit_code=code, reason=text)
     rank = f"rank {environment.rank}: " if environment.world_size > 1 and not isinstance(error, TrainerError) else ""
-    # A TrainerError is raised by all ranks alike, mostly; a lost connection is the echo of another rank's end.
-    loud = environment.rank == 0 or not (isinstance(error, TrainerError) or _is_echo(text))
-    if loud and not _is_echo(text):
+    # A lost connection is the echo of another rank's end.
+    if not _is_echo(text) and not (environment.rank > 0 and _told_by_first_rank(log, text)):
         where = "" if isinstance(error, TrainerError) else f" (see {log.path})"
         with contextlib.suppress(OSError):
             print(f"trainer: {rank}{text}{where}", file=log.error_stream, flush=True)
     return code
+
+
+def _told_by_first_rank(log: RankLog, text: str) -> bool:
+    """Return whether rank 0 failed with the same words: most refusals are raised by all ranks alike."""
+    time.sleep(1.0)  # ranks fail within moments of each other
+    path = log.path.with_name(f"rank-{0:05d}.log")
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 64_000))
+        return text.splitlines()[0] in file.read().decode(errors="replace")
+    return False
 
 
 def _is_echo(text: str) -> bool:
