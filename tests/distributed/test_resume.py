@@ -232,9 +232,8 @@ def test_a_bad_token_on_one_rank_is_told_whichever_rank_reads_it(trainer: Traine
     prefix.with_suffix(".json").unlink()  # as Megatron writes them: nothing says beforehand what ids are inside
     told = []
     for seed in range(4):  # by the order of the seed one rank or the other meets it
-        recipe = trainer.recipe(f"foreign-{seed}", run={"seed": seed})
-        recipe.write_text(recipe.read_text().replace(str(trainer.directory / "train"), str(prefix)))
-        codes = trainer.train(recipe)
+        recipe = trainer.recipe(f"foreign-{seed}")
+        codes = trainer.train(recipe, f"run.seed={seed}", f"data.train.0.path={prefix}")
         told.append(codes.index(2))
         output = recipe.with_suffix(".out").read_text()
         assert output.count("777") == 1, output
