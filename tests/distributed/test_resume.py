@@ -240,3 +240,14 @@ def test_a_bad_token_on_one_rank_is_told_whichever_rank_reads_it(trainer: Traine
         assert "foreign" in output
         assert "Traceback" not in output
     assert set(told) == {0, 1}
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(trainer: Trainer) -> None:
+    straight = trainer.recipe("signal-straight")
+    trainer.check(trainer.train(straight), straight)
+    recipe = trainer.recipe("signal")
+    assert trainer.train(recipe, faults="train.step:1:7:signal") == [75, 75]
+    status = trainer.status("signal")
+    assert (status["state"], status["exit_code"], status["last_checkpoint_step"]) == ("stopped", 75, 7)
+    trainer.check(trainer.train(recipe), recipe)
+    assert trainer.metrics("signal") == trainer.metrics("signal-straight")

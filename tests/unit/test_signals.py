@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -69,34 +68,6 @@ def test_nohup_is_respected():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def test_ranks_agree_although_one_got_the_signal(flag):
-    """Four ranks as threads; the reduction is a real rendezvous."""
-    os.kill(os.getpid(), signal.SIGUSR1)
-    flags = [StopFlag(), flag, StopFlag(), StopFlag()]
-    values: list[int] = []
-    everyone = threading.Barrier(4, timeout=10)
-
-    def all_reduce_max(value: int) -> int:
-        values.append(value)
-        everyone.wait()
-        return max(values)
-
-    answers: list[str | None] = [None] * 4
-    threads = [
-        threading.Thread(target=lambda rank=rank: answers.__setitem__(rank, flags[rank].agreed(all_reduce_max)))
-        for rank in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == ["SIGUSR1"] * 4
-
-
-def test_no_signal_no_stop(flag):
-    assert flag.agreed(lambda value: value) is None
 
 
 def start_rank(save_seconds: float) -> subprocess.Popen[str]:

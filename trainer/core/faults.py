@@ -2,7 +2,8 @@
 
 ``TRAINER_FAULTS=point:rank:step:kind[,...]`` with ``TRAINER_ALLOW_FAULTS=1``. ``step`` or ``rank`` may be ``*``.
 Kinds: ``kill`` (SIGKILL to this process), ``raise``, ``enospc`` (OSError), ``truncate`` (cut the file at hand in half,
-then SIGKILL: what a kill in the middle of a write leaves behind), ``sleep`` (for an hour).
+then SIGKILL: what a kill in the middle of a write leaves behind), ``signal`` (SIGUSR1 to this rank alone), ``sleep``
+(for an hour).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def _strike(kind: str, point: str, path: Path | None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "enospc":
         raise OSError(errno.ENOSPC, f"injected at {point}")
+    elif kind == "signal":
+        os.kill(os.getpid(), signal.SIGUSR1)
     elif kind == "sleep":
         time.sleep(3600)
     else:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, cast
 
+from trainer.core.durable import replace_text
 from trainer.core.errors import RefusedError
 from trainer.launch.slurm_commands import SlurmRefusedError, is_job_id, submit_script
 
@@ -82,9 +82,4 @@ def _read_jobs(directory: Path) -> list[dict[str, Any]]:
 
 def _record_job(directory: Path, job: dict[str, Any]) -> None:
     text = json.dumps({"jobs": [*_read_jobs(directory), job]}, indent=2) + "\n"
-    descriptor, temporary = tempfile.mkstemp(prefix=".jobs-", dir=directory)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(temporary).replace(directory / _JOBS_NAME)
+    replace_text(directory / _JOBS_NAME, text)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol, cast
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -206,8 +205,3 @@ def _freeze(network: nn.Module, patterns: tuple[str, ...]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise RecipeError(Problem("model.freeze", list(patterns), "every parameter is frozen", "freeze fewer"))
-
-
-def transformers_version() -> str:
-    """Return the installed version of transformers."""
-    return transformers.__version__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -51,8 +50,3 @@ def config_to_dictionary(config: PretrainedConfig) -> dict[str, Any]:
     fields["use_cache"] = True
     fields["dtype"] = str(config.dtype).removeprefix("torch.")
     return fields
-
-
-def is_local_directory(path: str | None) -> bool:
-    """Tell a directory on disk from a Hugging Face id."""
-    return path is not None and Path(path).is_dir()

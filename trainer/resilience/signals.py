@@ -1,4 +1,4 @@
-"""Stop requests: a handler sets a flag, ranks agree on it at a step boundary."""
+"""Stop requests: a handler sets a flag; the engine sums the ranks' flags with the target counts of the next step."""
 
 from __future__ import annotations
 
@@ -61,15 +61,6 @@ class StopFlag:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.restore()
-
-    def agreed(self, all_reduce_max: Callable[[int], int]) -> str | None:
-        """Return the name of a signal that reached any rank, the same on all ranks, or None. Collective.
-
-        ``all_reduce_max`` returns the largest of the integers that the ranks pass in. Signals reach ranks at different
-        steps; without this, one rank would enter a collective save while the others wait in the next step.
-        """
-        largest = all_reduce_max(int(self._signal) if self._signal is not None else 0)
-        return signal.Signals(largest).name if largest else None
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         now = self._clock()
