@@ -1,8 +1,7 @@
-"""`trainer data`: train a tokenizer, tokenize corpora, look at token shards and check them."""
+"""`trainer data`: train a tokenizer and tokenize corpora."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from trainer.data.shards import TokenShards
     from trainer.data.tokenize import Progress
 
 app = typer.Typer(help="Tokenizers and token shards.", no_args_is_help=True)
@@ -60,8 +58,6 @@ Inputs = Annotated[
 TextKey = Annotated[str, typer.Option(help="Key or column that holds the text, in .jsonl, .parquet and `datasets`.")]
 Split = Annotated[str, typer.Option(help="Split of a `datasets` id.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
-Prefix = Annotated[str, typer.Argument(metavar="PREFIX", help="PREFIX.bin and PREFIX.idx, without the suffix.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command("tokenizer", cls=ManyInputs)
@@ -141,68 +137,6 @@ def tokenize_command(
         )
     for warning in dict.fromkeys(warning for result in written for warning in result.warnings):
         typer.echo(f"warning: {warning}", err=True)
-
-
-@app.command("info")
-def info_command(prefix: Prefix, as_json: AsJson = False) -> None:
-    """Print the facts of token shards."""
-    from trainer.data.shards import TokenShards
-
-    facts = _facts(TokenShards(prefix))
-    if as_json:
-        typer.echo(json.dumps(facts, ensure_ascii=False))
-        return
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {item}" for name, item in value.items()) or "unknown"
-        for line in value if isinstance(value, list) else [value]:
-            shown = "unknown" if line is None else f"{line:,}" if isinstance(line, int) else line
-            typer.echo(f"{key.replace('_', ' '):<20} {shown}")
-
-
-@app.command("verify")
-def verify_command(
-    prefix: Prefix,
-    full: Annotated[bool, typer.Option("--full", help="Read every byte, not a sample of blocks.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Check token shards for damage; exit code 2 if there is any."""
-    from trainer.core.errors import DataError
-    from trainer.data.shards import TokenShards, verify
-
-    problems = verify(prefix, full)
-    if as_json:
-        listed = [{"key": p.key, "value": str(p.value), "rule": p.rule, "fix": p.fix} for p in problems]
-        typer.echo(json.dumps({"prefix": prefix, "full": full, "ok": not problems, "problems": listed}))
-        if problems:
-            raise typer.Exit(DataError.exit_code)
-        return
-    if problems:
-        raise DataError(problems, title=f"{prefix} is damaged")
-    shards = TokenShards(prefix)
-    extent = "every block" if full else "index and a sample of blocks (--full reads everything)"
-    typer.echo(f"{prefix}: sound, {extent}: {shards.num_documents:,} documents, {shards.num_tokens:,} tokens")
-    for note in shards.notes:
-        typer.echo(f"note: {note}", err=True)
-
-
-def _facts(shards: TokenShards) -> dict[str, Any]:
-    sidecar = shards.sidecar
-    return {
-        "prefix": shards.prefix,
-        "num_documents": shards.num_documents,
-        "num_tokens": shards.num_tokens,
-        "tokens_per_document": round(shards.num_tokens / shards.num_documents, 1),
-        "dtype": shards.dtype.name,
-        "bin_bytes": shards.num_tokens * shards.dtype.itemsize,
-        "vocab_size": shards.vocab_size,
-        "end_of_document_id": shards.end_of_document_id,
-        "tokenizer": {"name": sidecar.tokenizer_name, "hash": sidecar.tokenizer_hash} if sidecar else None,
-        "fingerprint": shards.fingerprint,
-        "tool_version": sidecar.tool_version if sidecar else None,
-        "report": sidecar.report if sidecar else None,
-        "notes": list(shards.notes),
-    }
 
 
 @contextmanager

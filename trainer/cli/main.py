@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from trainer.cli import check, checkpoint, data, evaluate, export, generate, quickstart, status, submit, train
+from trainer.cli import (
+    check,
+    checkpoint,
+    data,
+    data_shards,
+    evaluate,
+    export,
+    generate,
+    quickstart,
+    status,
+    submit,
+    train,
+)
 from trainer.core.errors import EXIT_FAILURE, TrainerError
 
 app = typer.Typer(
@@ -33,6 +45,8 @@ def root(version: Annotated[bool, typer.Option("--version", help="Show the versi
 
 app.command("train")(train.train)
 app.command("check")(check.check)
+data.app.command("info")(data_shards.info)
+data.app.command("verify")(data_shards.verify)
 app.add_typer(data.app, name="data")
 app.command("submit")(submit.submit)
 app.command("status")(status.status)
