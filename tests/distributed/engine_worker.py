@@ -15,12 +15,12 @@ from trainer.config.deepspeed_json import resolve_deepspeed
 from trainer.config.derive import derive
 from trainer.config.run import Recipe
 from trainer.core import environ
-from trainer.data.loader import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.engine.base import StepPreview
 from trainer.engine.build import build_engine, join_group, leave_group
 from trainer.engine.zero import ZeroEngine
 from trainer.models.config import hugging_face_config
-from trainer.models.loss import LossSpec, cross_entropy_sum
+from trainer.models.loss import LossSpec, cross_entropy_by_row
 
 spec = json.load(open(sys.argv[1]))
 tokens = torch.tensor(spec["tokens"])  # [steps, sequences, sequence + 1]
@@ -48,7 +48,7 @@ def recipe_of(case: dict) -> Recipe:
 
 
 def loss_function(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    loss = cross_entropy_sum(logits, targets)
+    loss = cross_entropy_by_row(logits, targets)
     return loss * math.nan if poisoned else loss
 
 

@@ -44,6 +44,37 @@ def test_scalar_and_vector_agree_at_any_size(n: int, key: int, data: st.DataObje
     assert all(0 <= value < n for value in many)
 
 
+def inverse(value: int, n: int, key: int) -> int:
+    """Undo ``permute``: an independent walk backwards through the Feistel rounds."""
+    bits = (n - 1).bit_length()
+    low_bits = bits // 2
+    high_mask, low_mask = (1 << (bits - low_bits)) - 1, (1 << low_bits) - 1
+    mask = 2**64 - 1
+
+    def mix(x: int) -> int:
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        return x ^ (x >> 31)
+
+    keys = [mix((key + (i + 1) * 0x9E3779B97F4A7C15) & mask) for i in range(12)]
+    while True:
+        high, low = value >> low_bits, value & low_mask
+        for i in range(10, -1, -2):
+            low ^= mix(high ^ keys[i + 1]) & low_mask
+            high ^= mix(low ^ keys[i]) & high_mask
+        value = (high << low_bits) | low
+        if value < n:
+            return value
+
+
+@given(bits=st.integers(1, 48), below=st.integers(0, 2**47), key=st.integers(0, 2**64 - 1), data=st.data())
+def test_every_value_comes_from_exactly_one_index(bits: int, below: int, key: int, data: st.DataObject) -> None:
+    n = max(1, 2**bits - below % 2 ** (bits - 1))
+    value = data.draw(st.integers(0, n - 1))
+    assert permute(inverse(value, n, key), n, key) == value
+    assert inverse(permute(value, n, key), n, key) == value
+
+
 def test_shape_is_kept_and_input_untouched() -> None:
     indices = np.arange(12).reshape(3, 4)
     result = permute_many(indices, 12, 5)

@@ -13,7 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.telemetry.record import EVALUATION_FIELDS, STEP_FIELDS, EvaluationRecord, StepRecord, perplexity
+from trainer.telemetry.record import (
+    EVALUATION_FIELDS,
+    SOURCE_FIELDS,
+    STEP_FIELDS,
+    EvaluationRecord,
+    SourceRecord,
+    StepRecord,
+    perplexity,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -34,6 +42,8 @@ def step_record(step: int = 1, **changes: Any) -> StepRecord:
         "optimizer_seconds": 0.05,
         "skipped": 0,
         "memory_bytes": 1 << 30,
+        "corrupt_samples": 0,
+        "batch_hash": "00c0ffee0000",
         "time_unix": 1.7e9 + step,
     }
     return StepRecord(step=step, **{**values, **changes})
@@ -60,7 +70,8 @@ def strict(line: str) -> dict[str, Any]:
 
 
 def test_the_table_and_the_records_name_the_same_fields() -> None:
-    assert {f.name for f in dataclasses.fields(StepRecord)} == {f.name for f in STEP_FIELDS}
+    assert {f.name for f in dataclasses.fields(StepRecord)} == {f.name for f in STEP_FIELDS} | {"sources"}
+    assert {f.name for f in dataclasses.fields(SourceRecord)} == {f.name for f in SOURCE_FIELDS} | {"name"}
     assert {f.name for f in dataclasses.fields(EvaluationRecord)} == {f.name for f in EVALUATION_FIELDS}
 
 
@@ -127,3 +138,15 @@ def test_records_and_neighbours_are_torch_free() -> None:
     code = f"import {modules}, sys; print([m for m in ('torch', 'deepspeed', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_sources_stand_below_the_step_and_have_their_own_curves() -> None:
+    sources = (SourceRecord(name="code", loss=2.5, fraction=0.75), SourceRecord(name="prose", loss=None, fraction=0.25))
+    record = step_record(3, sources=sources)
+    assert strict(record.to_json_line())["sources"] == {
+        "code": {"loss": 2.5, "fraction": 0.75},
+        "prose": {"loss": None, "fraction": 0.25},
+    }
+    drawn = {tag: value for tag, value in record.scalars() if tag.startswith("sources/")}
+    assert drawn == {"sources/code/loss": 2.5, "sources/code/fraction": 0.75, "sources/prose/fraction": 0.25}
+    assert "sources" not in strict(step_record().to_json_line())

@@ -16,8 +16,14 @@ _SHAPE_FIELDS = (
 )  # fmt: skip
 
 
+DATA_FIX = "restore it, use another run.directory, or set checkpoint.accept_changed_data: true to go on with other data"
+
+
 def data_identity(recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
-    """Return what must be the same for a resume to read the same samples in the same order."""
+    """Return what must be the same for a resume to read the same samples in the same order.
+
+    ``data_fingerprint`` is the sampler's, of the samples consumed so far.
+    """
     return {
         "run.seed": recipe.run.seed,
         "data.sequence_length": recipe.data.sequence_length,
@@ -29,7 +35,7 @@ def data_identity(recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
 def data_differences(stored: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> list[Problem]:
     """Return one problem for each field of ``expected`` that the checkpoint ``where`` holds otherwise."""
     return [
-        Problem(key, value, f"{where} was written with {stored.get(key)!r}", FIX)
+        Problem(key, value, f"{where} was written with {stored.get(key)!r}", DATA_FIX)
         for key, value in expected.items()
         if stored.get(key) != value
     ]

@@ -12,6 +12,7 @@ from trainer.cli import (
     checkpoint,
     data,
     data_shards,
+    data_which,
     evaluate,
     export,
     generate,
@@ -47,6 +48,7 @@ app.command("train")(train.train)
 app.command("check")(check.check)
 data.app.command("info")(data_shards.info)
 data.app.command("verify")(data_shards.verify)
+data.app.command("which")(data_which.which)
 app.add_typer(data.app, name="data")
 app.command("submit")(submit.submit)
 app.command("status")(status.status)

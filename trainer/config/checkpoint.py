@@ -22,3 +22,5 @@ class CheckpointConfig(Section):
     """Write in the background (not available yet)."""
     resume: Literal["auto", "require", "never"] = "auto"
     """auto: continue where a checkpoint is; require: refuse to start without one; never: refuse if there is one."""
+    accept_changed_data: bool = False
+    """Continue although the data, their weights or their order differ from what the checkpoint was trained on."""

@@ -12,12 +12,32 @@ from numpy.typing import NDArray
 from trainer.core.errors import DataError, Problem
 from trainer.data.shard_index import LENGTH_DTYPE, OFFSET_DTYPE
 from trainer.data.shard_reader import TokenShards, sampled_blocks
+from trainer.data.shard_set import ShardSet
 from trainer.data.shard_sidecar import BLOCK_BYTES, block_hash, stream_hash
 
 # Blocks of .bin that a quick check reads (128 MiB), evenly spaced.
 SAMPLED_BLOCKS = 32
 _CHUNK = 1 << 18
 _FIX = "restore this file from a copy, or tokenize the text again"
+
+
+def verify_source(source: str, full: bool = False) -> list[Problem]:
+    """Return what is wrong with a source of any kind: ``verify`` of each of its members.
+
+    Of a large set a quick check looks at 32 shards, evenly spaced, and at the sizes of all.
+    """
+    try:
+        opened = ShardSet(source)
+    except DataError as error:
+        return error.problems
+    chosen = range(opened.num_shards) if full else sampled_blocks(opened.num_shards, SAMPLED_BLOCKS)
+    problems: list[Problem] = []
+    for shard in (opened.shards[i] for i in chosen):
+        if shard.kind == "megatron":
+            problems += verify(shard.path, full)
+        problems += shard.problems()
+    opened.close()
+    return problems
 
 
 def verify(prefix: str | os.PathLike[str], full: bool = False) -> list[Problem]:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from trainer.data.loader import MicroBatch
+from trainer.data.batches import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,14 @@ class StepResult:
     """False: the step was vetoed, weights and optimizer state are as before."""
     stop_requests: int
     """How many ranks asked to stop when the step began."""
+    source_losses: tuple[float, ...]
+    """Summed loss over the target tokens of each source, in nats."""
+    source_targets: tuple[int, ...]
+    """Target tokens of each source."""
+    corrupt_samples: int
+    """Rows of the global batch that were left out because their data is corrupt."""
+    batch_digest: int
+    """Digest of the tokens of the global batch, whatever ranks and micro-batches shared them."""
     forward_backward_seconds: float
     optimizer_seconds: float
 

@@ -75,7 +75,7 @@ def build_engine(
         engine = _stage0_bfloat16(network, optimizer, deepspeed_json)
     else:
         engine = deepspeed.initialize(model=network, optimizer=optimizer, config=deepspeed_json)[0]
-    return ZeroEngine(engine, loss, recipe.optimizer, stage, recipe.optimizer.clip_norm)
+    return ZeroEngine(engine, loss, recipe.optimizer, stage, recipe.optimizer.clip_norm, len(recipe.data.train))
 
 
 def _stage0_bfloat16(

@@ -14,8 +14,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import distributed, nn
 
 from trainer.config.optimizer import OptimizerConfig
-from trainer.data.loader import MicroBatch
+from trainer.data.batches import DIGEST_BITS, MicroBatch
 from trainer.engine.base import Accept, StateReader, StateSlice, StepPreview, StepResult
+from trainer.engine.inputs import model_inputs
 from trainer.engine.optimizers import MasterState, initialise_state, set_optimizer_steps
 from trainer.engine.state_replicated import ReplicatedState, persistent_buffers, replicated_tensors
 from trainer.engine.state_zero3 import Zero3State
@@ -27,11 +28,18 @@ class ZeroEngine:
     """Implements TrainEngine for data-parallel ranks."""
 
     def __init__(
-        self, engine: DeepSpeedEngine, loss: LossSpec, optimizer: OptimizerConfig, stage: int, clip_norm: float
+        self,
+        engine: DeepSpeedEngine,
+        loss: LossSpec,
+        optimizer: OptimizerConfig,
+        stage: int,
+        clip_norm: float,
+        num_sources: int,
     ) -> None:
         self._engine = engine
         self._network = cast("nn.Module", engine.module)
         self._loss = loss
+        self._num_sources = num_sources
         self._stage = stage
         self._base = cast("torch.optim.Optimizer", engine.basic_optimizer)
         self._device = cast("torch.device", engine.device)
@@ -70,31 +78,39 @@ class ZeroEngine:
         for group in self._base.param_groups:
             group["lr"] = learning_rate
         targets = [batch.targets.to(self._device, non_blocking=True) for batch in batches]
-        counted = torch.stack([(t >= 0).sum() for t in targets]).sum()
-        totals = torch.stack([counted, torch.tensor(int(stop_requested), device=self._device)])
+        sources = [self._sources_of(batch) for batch in batches]
+        counted = torch.zeros(self._num_sources, dtype=torch.int64, device=self._device)
+        for source, target in zip(sources, targets, strict=True):
+            counted.index_add_(0, source, (target >= 0).sum(dim=1))
+        others = [int(stop_requested), sum(b.num_corrupt for b in batches), sum(b.digest for b in batches)]
+        totals = torch.cat([counted, torch.tensor(others, device=self._device)])
         distributed.all_reduce(totals)  # global target tokens, known before the first forward
         # DeepSpeed averages gradients over ranks: undo that, then divide by the global count.
-        scale = self._world_size / totals[0].clamp(min=1).float()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        scale = self._world_size / totals[: self._num_sources].sum().clamp(min=1).float()
+        loss_sums = torch.zeros(self._num_sources, dtype=torch.float64, device=self._device)
         boundary = started
-        for index, (batch, target) in enumerate(zip(batches, targets, strict=True)):
-            loss = self._forward(batch, target)
-            loss_sum += loss.detach()
-            self._engine.backward(loss * scale, scale_wrt_gas=False)
+        for index, (batch, source, target) in enumerate(zip(batches, sources, targets, strict=True)):
+            losses = self._forward(batch, target)
+            loss_sums.index_add_(0, source, losses.detach().double())
+            self._engine.backward(losses.sum() * scale, scale_wrt_gas=False)
             if index + 1 == len(batches):
-                distributed.all_reduce(loss_sum)
+                distributed.all_reduce(loss_sums)
                 boundary = time.perf_counter()
-                self._gate.arm(partial(self._read, loss_sum, totals), accept)
+                self._gate.arm(partial(self._read, loss_sums, totals), accept)
             self._engine.step()
         reading, applied = self._gate.verdict(overflow=getattr(self._engine.optimizer, "overflow", False))
         return StepResult(
             loss=reading.preview.loss,
             grad_norm=reading.preview.grad_norm,
-            target_tokens=reading.target_tokens,
+            target_tokens=sum(reading.source_targets),
             applied=applied,
-            stop_requests=reading.stop_requests,
             forward_backward_seconds=boundary - started,
             optimizer_seconds=time.perf_counter() - boundary,
+            source_losses=reading.source_losses,
+            source_targets=reading.source_targets,
+            stop_requests=reading.stop_requests,
+            corrupt_samples=reading.corrupt_samples,
+            batch_digest=reading.batch_digest,
         )
 
     @torch.no_grad()
@@ -102,7 +118,7 @@ class ZeroEngine:
         """Return this rank's summed loss and target count. Collective under ZeRO-3: call it as often on every rank."""
         self._network.eval()
         targets = batch.targets.to(self._device)
-        return float(self._forward(batch, targets)), int((targets >= 0).sum())
+        return float(self._forward(batch, targets).sum()), int((targets >= 0).sum())
 
     def iterate_state(self) -> Iterator[StateSlice]:
         """Yield trained parameters with their optimizer state, then frozen parameters and persistent buffers."""
@@ -130,9 +146,15 @@ class ZeroEngine:
         gc.collect()
 
     def _forward(self, batch: MicroBatch, targets: torch.Tensor) -> torch.Tensor:
-        inputs = batch.input_ids.to(self._device, non_blocking=True)
-        logits = self._engine(input_ids=inputs, use_cache=False).logits
-        return self._loss.function(logits, targets)
+        """Return the loss sum of each row, [micro]."""
+        inputs = model_inputs(batch, self._network, self._device)
+        logits = self._engine(**inputs, use_cache=False).logits
+        return self._loss.function(logits.view(*targets.shape, -1), targets)
+
+    def _sources_of(self, batch: MicroBatch) -> torch.Tensor:
+        if batch.sources is None:
+            return torch.zeros(len(batch.targets), dtype=torch.int64, device=self._device)
+        return batch.sources.to(self._device, non_blocking=True)
 
     def _state_access(self, masters: MasterState) -> ReplicatedState | FlatPartitionState | Zero3State:
         optimizer = self._engine.optimizer
@@ -146,7 +168,7 @@ class ZeroEngine:
         trained = [p for p in self._network.parameters() if p.grad is not None]
         self._plain_norm = nn.utils.clip_grad_norm_(trained, self._clip_norm, foreach=False)
 
-    def _read(self, loss_sum: torch.Tensor, totals: torch.Tensor) -> _Reading:
+    def _read(self, loss_sums: torch.Tensor, totals: torch.Tensor) -> _Reading:
         """Read loss, gradient norm and counts at once: the one device-to-host read of a step."""
         norm = getattr(self._engine.optimizer, "_global_grad_norm", None)
         if norm is None:
@@ -155,16 +177,24 @@ class ZeroEngine:
             grads = [p.grad for p in self._network.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm(grads)
         self._plain_norm = None
-        norm = torch.as_tensor(norm, dtype=torch.float64, device=self._device)
-        loss, norm, count, stops = torch.stack([loss_sum / totals[0].clamp(min=1), norm, *totals.double()]).tolist()
-        return _Reading(StepPreview(loss=loss, grad_norm=norm), int(count), int(stops))
+        norm = torch.as_tensor(norm, dtype=torch.float64, device=self._device).reshape(1)
+        # A float64 holds every count and a digest of 48 bits exactly.
+        totals[-1] %= 1 << DIGEST_BITS
+        first, *values = torch.cat([norm, loss_sums, totals.double()]).tolist()
+        losses = tuple(values[: self._num_sources])
+        *counted, stops, corrupt, digest = (int(value) for value in values[self._num_sources :])
+        mean = sum(losses) / max(1, sum(counted))
+        return _Reading(StepPreview(mean, first), losses, tuple(counted), stops, corrupt, digest)
 
 
 @dataclass(frozen=True)
 class _Reading:
     preview: StepPreview
-    target_tokens: int
+    source_losses: tuple[float, ...]
+    source_targets: tuple[int, ...]
     stop_requests: int
+    corrupt_samples: int
+    batch_digest: int
 
 
 class _Gate:

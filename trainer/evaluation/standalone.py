@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from trainer.checkpoint import layout
 from trainer.checkpoint.export import load_checkpoint_model
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.config.data import DataConfig
 from trainer.core.errors import Problem, RefusedError
 from trainer.data.loader import validation_batches
 from trainer.models.load import load_model
-from trainer.models.loss import cross_entropy_sum
+from trainer.models.loss import cross_entropy_by_row
 from trainer.telemetry.record import perplexity
 
 
@@ -25,9 +26,10 @@ def evaluate_model(model: str, data: Path, *, sequence_length: int | None, batch
     vocabulary = network.config.get_text_config().vocab_size
     loss, count = 0.0, 0
     with torch.inference_mode():
-        for batch in validation_batches(str(data), length, batch_size, 0, 1, batch_size, None, vocabulary):
+        section = DataConfig.model_validate({"train": [{"path": str(data)}], "sequence_length": length})
+        for batch in validation_batches(section, str(data), batch_size, 0, 1, batch_size, None, vocabulary):
             logits = network(input_ids=batch.input_ids, use_cache=False).logits
-            loss += float(cross_entropy_sum(logits, batch.targets))
+            loss += float(cross_entropy_by_row(logits, batch.targets).sum())
             count += int((batch.targets >= 0).sum())
     mean = loss / max(1, count)
     return {"loss": mean, "perplexity": perplexity(mean), "target_tokens": count, "sequence_length": length}

@@ -32,8 +32,8 @@ class Validation:
     def _batches(self, source: ValidationSource):
         batch = self._recipe.batch
         return validation_batches(
+            self._recipe.data,
             source.path,
-            self._recipe.data.sequence_length,
             batch.micro_size,
             self._rank,
             self._world_size,

@@ -15,19 +15,21 @@ from trainer.core.targets import IGNORE_INDEX
 class LossSpec:
     """Head, mask and reduction of a task.
 
-    ``function(logits, targets)`` returns the *sum* over counted targets in float32: the engine divides by the number
-    of targets of the whole global batch, so that the gradient does not depend on how the batch is split.
+    ``function(logits, targets)`` returns one *sum* over counted targets a row, in float32: the engine divides by the
+    number of targets of the whole global batch, so that the gradient does not depend on how the batch is split, and
+    tells the sources of rows apart.
     """
 
     name: str
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the summed cross-entropy, a float32 scalar.
+def cross_entropy_by_row(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the summed cross-entropy of each row, float32 [batch].
 
     ``logits`` is [batch, sequence, vocabulary], ``targets`` [batch, sequence].
     """
-    return functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    each = functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )
+    return each.view(targets.shape).sum(dim=1)

@@ -12,7 +12,7 @@ from trainer.config.load import load_recipe
 from trainer.config.run import Recipe
 from trainer.models.build import build_model
 from trainer.models.config import hugging_face_config
-from trainer.models.loss import cross_entropy_sum
+from trainer.models.loss import cross_entropy_by_row
 
 _MEASURED = 2
 """Passes timed; one before them warms up."""
@@ -36,7 +36,7 @@ def seconds_per_micro_batch(recipe: Recipe, dtype: str) -> float:
     seconds = []
     for _ in range(1 + _MEASURED):
         started = time.perf_counter()
-        cross_entropy_sum(network(input_ids=tokens, use_cache=False).logits, tokens).backward()
+        cross_entropy_by_row(network(input_ids=tokens, use_cache=False).logits, tokens).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)

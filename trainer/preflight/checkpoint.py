@@ -74,16 +74,19 @@ def _identity(facts: Facts) -> Iterator[Problem]:
     # Imported here: NumPy takes a quarter of the time that `check` has, and only a resume needs it.
     from trainer.checkpoint.identity import data_differences, data_identity, model_differences
     from trainer.data.sampler import Sampler
-    from trainer.data.shards import TokenShards
+    from trainer.data.sources import open_train_sources
 
     where = found[1].name
     state, model = manifest.get("state", {}), manifest.get("model", {})
     if recipe.model.path is None and recipe.model.config is not None:
         yield from model_differences(model.get("config", {}), recipe.model.config, where)
+    if recipe.checkpoint.accept_changed_data:
+        return
     try:
-        shards = [TokenShards(source.path) for source in recipe.data.train]
-        weights = [source.weight for source in recipe.data.train]
-        fingerprint = Sampler(shards, weights, recipe.run.seed, recipe.data.sequence_length).fingerprint
+        sources = open_train_sources(recipe.data, None)
+        fingerprints = [source.shards.fingerprint for source in sources]
+        sampler = Sampler(recipe.data, recipe.run.seed, fingerprints, [s.packing.num_samples for s in sources])
+        fingerprint = sampler.fingerprint(state.get("train", {}).get("consumed_samples", 0))
     except (DataError, OSError):  # the rules of data.train say why
         return
     yield from data_differences(state.get("identity", {}), data_identity(recipe, fingerprint), where)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.errors import Problem
-from trainer.preflight.facts import NOT_AVAILABLE, Facts, Failing, Rule
+from trainer.preflight.facts import Facts, Failing, Rule
 from trainer.preflight.shard_facts import MAGIC
 
 
@@ -22,6 +22,8 @@ def _readable(facts: Facts) -> Iterator[Problem]:
 
 def _samples(facts: Facts) -> Iterator[Problem]:
     length = facts.recipe.data.sequence_length
+    if facts.recipe.data.packing != "documents":
+        return  # a short document is a padded sample
     for key, shard in facts.shards:
         # A sample is sequence_length inputs and the target after the last one.
         if shard.num_tokens is not None and not shard.defects and shard.num_tokens < length + 1:
@@ -32,8 +34,8 @@ def _samples(facts: Facts) -> Iterator[Problem]:
 def _one_step(facts: Facts) -> Iterator[Problem]:
     data, wanted = facts.recipe.data, facts.recipe.batch.global_size
     train = [shard for key, shard in facts.shards if key.startswith("data.train.")]
-    if any(shard.num_tokens is None for shard in train):
-        return
+    if data.packing != "documents" or any(shard.num_tokens is None for shard in train):
+        return  # how many samples other packings give is known once the documents are read
     available = sum(max(0, (shard.num_tokens or 0) - 1) // data.sequence_length for shard in train)
     if available < wanted:
         rule = f"data.train has only {available} samples, so that one step would repeat them"
@@ -95,14 +97,6 @@ def _duplicate_names(facts: Facts) -> Iterator[Problem]:
     for name, count in Counter(names).items():
         if count > 1:
             yield Problem("data.validation", name, f"{count} sources have this name", "give each its own name")
-
-
-def _packing(facts: Facts) -> Iterator[Problem]:
-    data = facts.recipe.data
-    if data.packing != "documents":
-        yield Problem("data.packing", data.packing, NOT_AVAILABLE, "set it to documents")
-    if data.mask_documents:
-        yield Problem("data.mask_documents", True, NOT_AVAILABLE, "set it to false")
 
 
 def write_tiny_shard(prefix: Path, length: int = 64, code: int = 8, **sidecar: Any) -> str:
@@ -187,6 +181,4 @@ RULES = (
     Rule("one tokenizer", _tokenizers, Failing(prepare=_two_tokenizers)),
     Rule("sources differ", _duplicate_sources, Failing(prepare=_same_source_twice)),
     Rule("validation names differ", _duplicate_names, Failing(prepare=_same_name_twice)),
-    Rule("packing available", _packing, Failing({"data.packing": "best_fit"})),
-    Rule("document masking available", _packing, Failing({"data.mask_documents": True})),
 )

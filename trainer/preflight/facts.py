@@ -14,7 +14,7 @@ from trainer.config.derive import Derived, derive, derive_problems
 from trainer.config.model_fields import ModelFields, model_fields
 from trainer.config.run import Recipe
 from trainer.core.errors import Problem
-from trainer.preflight.shard_facts import ShardFacts, read_shard
+from trainer.preflight.shard_facts import ShardFacts, read_source
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 
@@ -55,7 +55,7 @@ class Facts:
         data = self.recipe.data
         sources = [(f"data.train.{index}.path", source.path) for index, source in enumerate(data.train)]
         sources += [(f"data.validation.{index}.path", source.path) for index, source in enumerate(data.validation)]
-        return tuple((key, read_shard(path)) for key, path in sources)
+        return tuple((key, read_source(path)) for key, path in sources)
 
 
 @dataclass(frozen=True)

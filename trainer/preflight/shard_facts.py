@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
+
+from trainer.core.errors import DataError
+from trainer.data.shard_manifest import SetManifest
+from trainer.data.shard_paths import Member, locate
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -18,7 +23,7 @@ BYTES_PER_SEQUENCE = 4 + 8  # int32 length, int64 offset
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """One PREFIX.bin + PREFIX.idx (+ PREFIX.json)."""
+    """One source: PREFIX.bin + PREFIX.idx (+ PREFIX.json), a shard set, a directory, a pattern or a .ds file."""
 
     path: str
     defects: tuple[tuple[str, str], ...] = ()
@@ -42,8 +47,65 @@ class ShardFacts:
         return value if isinstance(value, str) else None
 
 
-def read_shard(path: str) -> ShardFacts:
-    """Return what can be read of the shards at ``path``; never raises, defects are facts."""
+def read_source(path: str) -> ShardFacts:
+    """Return what can be read of the source ``path`` names; never raises, defects are facts."""
+    try:
+        located = locate(path)
+    except DataError as error:
+        return ShardFacts(path, tuple((f"{problem.key}: {problem.rule}", problem.fix) for problem in error.problems))
+    if located.manifest is not None:
+        return _read_set(path, located.members, located.manifest)
+    parts = [_read_datatrove(m.path) if m.kind == "datatrove" else _read_pair(m.path) for m in located.members]
+    if len(parts) == 1:
+        return replace(parts[0], path=path)
+    counts = [part.num_tokens for part in parts if part.num_tokens is not None]
+    known = next((part for part in parts if part.sidecar), parts[0])
+    total = sum(counts) if len(counts) == len(parts) else None
+    # A side-car's own counts describe one shard, not the source.
+    stated = {name: value for name, value in known.sidecar.items() if name in ("vocab_size", "tokenizer")}
+    return ShardFacts(path, tuple(defect for part in parts for defect in part.defects), total, known.dtype, stated)
+
+
+def _read_set(path: str, members: tuple[Member, ...], manifest: SetManifest) -> ShardFacts:
+    defects: list[tuple[str, str]] = []
+    for member, stated in zip(members, manifest.members, strict=True):
+        item = next((size for name, size in DTYPES.values() if name == stated.dtype), 1)
+        wanted = {".bin": stated.num_tokens * item, ".idx": HEADER.size + 20 * stated.num_documents + 8}
+        for suffix, size in wanted.items():
+            try:
+                found = os.stat(member.path + suffix).st_size
+            except OSError as error:
+                reason = (
+                    "does not exist" if isinstance(error, FileNotFoundError) else f"can't be read: {error.strerror}"
+                )
+                defects.append((f"{member.path}{suffix} {reason}", "restore it from a copy"))
+                continue
+            if found != size:
+                rule = f"{member.path}{suffix} has {found} bytes where the set's manifest states {size}"
+                defects.append((rule, "restore it from a copy"))
+    tokenizer = {"name": manifest.tokenizer_name, "hash": manifest.tokenizer_hash}
+    total = sum(member.num_tokens for member in manifest.members)
+    facts = {"vocab_size": manifest.vocab_size, "tokenizer": tokenizer}
+    return ShardFacts(path, tuple(defects), total, manifest.members[0].dtype, facts)
+
+
+def _read_datatrove(path: str) -> ShardFacts:
+    again = "copy X.ds, X.ds.index and X.ds.metadata again"
+    try:
+        size = Path(path).stat().st_size
+        with open(path + ".index", "rb") as file:
+            file.seek(-8, os.SEEK_END)
+            num_tokens = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        reason = error.strerror if error.filename else "its index is empty"
+        return ShardFacts(path, ((f"{error.filename or path} can't be read: {reason}", again),))
+    if num_tokens == 0 or size not in (2 * num_tokens, 4 * num_tokens):
+        rule = f"{path} has {size} bytes where its index ends at token {num_tokens}"
+        return ShardFacts(path, ((rule, again),))
+    return ShardFacts(path, (), num_tokens, "uint16" if size == 2 * num_tokens else "uint32")
+
+
+def _read_pair(path: str) -> ShardFacts:
     prefix = path
     sizes: dict[str, int] = {}
     defects: list[tuple[str, str]] = []

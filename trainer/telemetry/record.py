@@ -37,8 +37,16 @@ STEP_FIELDS: tuple[Field, ...] = (
     Field("optimizer_seconds", "s", "time/optimizer_seconds", "gradient reduction tail, clipping and update"),
     Field("skipped", "steps", "optimizer/skipped_steps", "steps refused so far (NaN or Inf)"),
     Field("memory_bytes", "B", "memory/peak_bytes", "peak on this device, or resident set on CPU"),
+    Field("corrupt_samples", "sequences", "data/corrupt_samples", "left out so far because their data is corrupt"),
+    Field("batch_hash", "", None, "digest of the tokens of the global batch; `trainer data which` computes it too"),
     Field("time_unix", "s", None, "when the step ended"),
 )
+
+SOURCE_FIELDS: tuple[Field, ...] = (
+    Field("loss", "nats/token", "sources/{name}/loss", "mean over this step's target tokens of the source; null: none"),
+    Field("fraction", "1", "sources/{name}/fraction", "share of all samples read so far"),
+)
+"""Of each source, below ``sources`` in metrics.jsonl, where there are several."""
 
 EVALUATION_FIELDS: tuple[Field, ...] = (
     Field("step", "steps", None, "optimizer steps done; 0: before training"),
@@ -50,6 +58,15 @@ EVALUATION_FIELDS: tuple[Field, ...] = (
     Field("seconds", "s", "validation/{name}/seconds", "wall time of the evaluation"),
     Field("time_unix", "s", None, "when the evaluation ended"),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRecord:
+    """One source of ``data.train`` in one step. Units are in :data:`SOURCE_FIELDS`."""
+
+    name: str
+    loss: float | None
+    fraction: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +88,24 @@ class StepRecord:
     optimizer_seconds: float
     skipped: int
     memory_bytes: int
+    corrupt_samples: int
+    batch_hash: str
     time_unix: float
+    sources: tuple[SourceRecord, ...] = ()
+    """One a source of ``data.train``; empty where there is only one."""
 
     def to_json_line(self) -> str:
         """Return one line of strict JSON, without the newline; NaN and Inf become null."""
-        return _json_line(self, STEP_FIELDS)
+        values = _json_values(self, STEP_FIELDS)
+        if self.sources:
+            values["sources"] = {source.name: _json_values(source, SOURCE_FIELDS) for source in self.sources}
+        return _json_line(values)
 
     def scalars(self) -> Iterator[tuple[str, float]]:
         """Yield (TensorBoard tag, value) of every number that is drawn and known."""
-        return _scalars(self, STEP_FIELDS)
+        yield from _scalars(self, STEP_FIELDS)
+        for source in self.sources:
+            yield from _scalars(source, SOURCE_FIELDS, source.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +123,14 @@ class EvaluationRecord:
 
     def to_json_line(self) -> str:
         """Return one line of strict JSON, without the newline; NaN and Inf become null."""
-        return _json_line(self, EVALUATION_FIELDS)
+        return _json_line(_json_values(self, EVALUATION_FIELDS))
 
     def scalars(self) -> Iterator[tuple[str, float]]:
         """Yield (TensorBoard tag, value) of every number that is drawn and known."""
         return _scalars(self, EVALUATION_FIELDS, self.name)
+
+
+_Record = StepRecord | EvaluationRecord | SourceRecord
 
 
 def perplexity(loss: float) -> float:
@@ -112,8 +141,11 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def _json_line(record: StepRecord | EvaluationRecord, fields: tuple[Field, ...]) -> str:
-    values = {field.name: _json_value(getattr(record, field.name)) for field in fields}
+def _json_values(record: _Record, fields: tuple[Field, ...]) -> dict[str, object]:
+    return {field.name: _json_value(getattr(record, field.name)) for field in fields}
+
+
+def _json_line(values: dict[str, object]) -> str:
     return json.dumps(values, allow_nan=False, ensure_ascii=False)
 
 
@@ -124,9 +156,7 @@ def _json_value(value: object) -> object:
     return value
 
 
-def _scalars(
-    record: StepRecord | EvaluationRecord, fields: tuple[Field, ...], name: str = ""
-) -> Iterator[tuple[str, float]]:
+def _scalars(record: _Record, fields: tuple[Field, ...], name: str = "") -> Iterator[tuple[str, float]]:
     for field in fields:
         value: float | None = getattr(record, field.name) if field.tag else None
         if field.tag and value is not None:

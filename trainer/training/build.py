@@ -21,6 +21,7 @@ from trainer.core.errors import CheckpointError
 from trainer.core.units import format_count
 from trainer.core.versions import untested
 from trainer.data.loader import TrainLoader
+from trainer.data.sampler import Sampler
 from trainer.engine.build import build_engine
 from trainer.engine.zero import ZeroEngine
 from trainer.evaluation.validation import Validation
@@ -29,8 +30,9 @@ from trainer.models.flops import training_flops_per_token
 from trainer.tasks.pretrain import loss_spec
 from trainer.telemetry.sinks.base import Fanout
 from trainer.telemetry.throughput import device_name, model_flops_utilization, peak_flops_per_second
+from trainer.training.isolation import refuse_leak
 from trainer.training.loop import Parts
-from trainer.training.resume import refuse_if_different, restore_generators
+from trainer.training.resume import refuse_beyond_budget, refuse_if_different, restore_generators
 from trainer.training.state import TrainState
 from trainer.training.tokenizer import keep, load_on_first_rank
 
@@ -63,12 +65,15 @@ def build_parts(
         recipe.data, recipe.run.seed, recipe.batch.global_size, recipe.batch.micro_size,
         environment.rank, derived.data_parallel, state.consumed_samples, config.get_text_config().vocab_size,
     )  # fmt: skip
+    refuse_beyond_budget(recipe, derived, loader.sampler)
+    _exclude_corrupt(loader, ranks, say)
     validation = Validation(recipe, environment.rank, derived.data_parallel, config.get_text_config().vocab_size)
     engine = build_engine(
         recipe, config, deepspeed_json, loss_spec(), environment, from_scratch=reader is not None or source is not None
     )
-    facts = data_identity(recipe, loader.fingerprint)
-    _fill_engine(engine, recipe, config, ranks, reader, source, state, facts, say)
+    _fill_engine(engine, recipe, config, ranks, reader, source, state, loader.sampler, say)
+    if recipe.data.mask_documents:
+        refuse_leak(engine, ranks.rank, config)
     keep(tokenizer, recipe)
     writer = CheckpointWriter(
         run_directory, ranks, attempt=f"{ranks.from_first(attempt):04d}",
@@ -84,7 +89,8 @@ def build_parts(
     sinks, committed = open_sinks(state.step)
 
     def save() -> None:
-        values = {"train": state.to_json(), "identity": facts}
+        identity = data_identity(recipe, loader.sampler.fingerprint(state.consumed_samples))
+        values = {"train": state.to_json(), "identity": identity}
         path = writer.write(state.step, engine.iterate_state(), values, model)
         committed(state.step)
         sinks.message(f"checkpoint {path.name}")
@@ -97,6 +103,14 @@ def build_parts(
         sinks.message(warning)
     sinks.message(_summary(parts, deepspeed_json, reader))
     return parts
+
+
+def _exclude_corrupt(loader: TrainLoader, ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Look for corrupt blocks, each rank its share; all ranks then leave out the same ones, or all refuse."""
+    found = [block for blocks in ranks.gather(loader.check_blocks(ranks.rank, ranks.world_size)) for block in blocks]
+    loader.exclude(found)
+    for *_, message in found:
+        say(f"warning: {message}: sequences that touch it are left out (data.on_corrupt: skip)")
 
 
 def _run_as_source(recipe: Recipe) -> CheckpointReader | None:
@@ -119,12 +133,15 @@ def _model_section(recipe: Recipe, source: CheckpointReader | None):
 
 def _fill_engine(
     engine: ZeroEngine, recipe: Recipe, config: PretrainedConfig, ranks: Ranks, reader: CheckpointReader | None,
-    source: CheckpointReader | None, state: TrainState, facts: dict[str, Any], say: Callable[[str], None],
+    source: CheckpointReader | None, state: TrainState, sampler: Sampler, say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Load weights and generators: from a checkpoint, from another run, or as built."""
     if reader is not None:
         shapes = engine.logical_shapes()
-        refuse_if_different(reader, facts, shapes, config_to_dictionary(config))
+        facts = data_identity(recipe, sampler.fingerprint(state.consumed_samples))
+        accept = recipe.checkpoint.accept_changed_data
+        for problem in refuse_if_different(reader, facts, shapes, config_to_dictionary(config), accept):
+            say(f"warning: accepted (checkpoint.accept_changed_data): {problem.key}: {problem.rule}")
         engine.load_state(reader, state.optimizer_steps)
         if not restore_generators(reader, ranks, recipe.run.seed, state):
             say(f"resuming {reader.world_size} ranks' checkpoint on {ranks.world_size}: random generators start anew")

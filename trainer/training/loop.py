@@ -57,10 +57,8 @@ def train(parts: Parts) -> Outcome:
         learning_rate = recipe.optimizer.learning_rate * multiplier(recipe.schedule, state.step + 1, total)
         with clock.phase("forward_backward"):
             result = parts.engine.train_batch(batches, accept, learning_rate, parts.stop_requested())
-        state.advance(recipe.batch.global_size, parts.derived.tokens_per_step, result.target_tokens, result.applied)
-        parts.sinks.step(
-            step_record(parts.derived, state, result, clock.finish_step(), learning_rate, parts.utilization)
-        )
+        state.advance(recipe.batch.global_size, parts.derived.tokens_per_step, result)
+        parts.sinks.step(step_record(parts, result, clock.finish_step(), learning_rate))
         refuse_endless_skipping(parts, result)
         stopping = result.stop_requests > 0
         if not stopping or state.step == total:

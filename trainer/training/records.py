@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from trainer.config.derive import Derived
+from trainer.data.ledger import hash_text
 from trainer.engine.base import StepResult
-from trainer.telemetry.record import StepRecord
+from trainer.telemetry.record import SourceRecord, StepRecord
 from trainer.telemetry.throughput import StepTimes, peak_memory_bytes
-from trainer.training.state import TrainState
+
+if TYPE_CHECKING:
+    from trainer.training.loop import Parts
 
 
-def step_record(
-    derived: Derived,
-    state: TrainState,
-    result: StepResult,
-    times: StepTimes,
-    learning_rate: float,
-    utilization: Callable[[float], float | None],
-) -> StepRecord:
-    """Return the record of the step that ``state`` has just counted. ``utilization``: tokens per second → MFU."""
-    speed = derived.tokens_per_step / times.step_seconds
+def step_record(parts: Parts, result: StepResult, times: StepTimes, learning_rate: float) -> StepRecord:
+    """Return the record of the step that the state has just counted."""
+    state = parts.state
+    speed = parts.derived.tokens_per_step / times.step_seconds
     return StepRecord(
         step=state.step,
         loss=result.loss,
@@ -32,11 +28,26 @@ def step_record(
         target_tokens=state.target_tokens,
         step_seconds=times.step_seconds,
         tokens_per_second=speed,
-        model_flops_utilization=utilization(speed),
+        model_flops_utilization=parts.utilization(speed),
         data_wait_seconds=times.data_wait_seconds,
         forward_backward_seconds=result.forward_backward_seconds,
         optimizer_seconds=result.optimizer_seconds,
         skipped=state.skipped_steps,
         memory_bytes=peak_memory_bytes(),
+        corrupt_samples=state.corrupt_samples,
+        batch_hash=hash_text(result.batch_digest),
         time_unix=time.time(),
+        sources=_source_records(parts, result),
+    )
+
+
+def _source_records(parts: Parts, result: StepResult) -> tuple[SourceRecord, ...]:
+    labels = parts.loader.labels
+    if len(labels) == 1:
+        return ()
+    consumed = parts.state.consumed_samples
+    counts = parts.loader.sampler.counts_before(consumed)
+    return tuple(
+        SourceRecord(name=label, loss=loss / targets if targets else None, fraction=count / consumed)
+        for label, loss, targets, count in zip(labels, result.source_losses, result.source_targets, counts, strict=True)
     )

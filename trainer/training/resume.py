@@ -8,24 +8,49 @@ from trainer.checkpoint import random_state
 from trainer.checkpoint.agreement import Ranks
 from trainer.checkpoint.identity import FIX, data_differences, model_differences
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.config.derive import Derived
+from trainer.config.run import Recipe
 from trainer.core.errors import Problem, RecipeError
+from trainer.data.sampler import Sampler
 from trainer.training.state import TrainState
 
 
 def refuse_if_different(
-    reader: CheckpointReader, expected: dict[str, Any], shapes: dict[str, tuple[int, ...]], config: dict[str, Any]
-) -> None:
-    """Raise RecipeError with a field-by-field difference between the checkpoint and this run."""
+    reader: CheckpointReader,
+    expected: dict[str, Any],
+    shapes: dict[str, tuple[int, ...]],
+    config: dict[str, Any],
+    accept_changed_data: bool,
+) -> list[Problem]:
+    """Raise RecipeError with a field-by-field difference between the checkpoint and this run.
+
+    Differences of the data are returned instead if they are accepted.
+    """
     where = reader.directory.name
-    problems = data_differences(reader.state.get("identity", {}), expected, where)
+    accepted = data_differences(reader.state.get("identity", {}), expected, where)
+    problems = [] if accept_changed_data else accepted
     fields = model_differences(reader.model.get("config", {}), config, where)
-    problems += fields
+    problems = problems + fields
     if not fields:
         held = {name: reader.shape(name) for name in reader.names()}
         different = sorted(name for name in held.keys() | shapes.keys() if held.get(name) != shapes.get(name))
         problems += [Problem(name, shapes.get(name), f"{where} holds {held.get(name)}", FIX) for name in different[:5]]
     if problems:
         raise RecipeError(problems, title=f"can't resume from {reader.directory}")
+    return accepted
+
+
+def refuse_beyond_budget(recipe: Recipe, derived: Derived, sampler: Sampler) -> None:
+    """Raise RecipeError if the run is longer than the budgets (epochs, tokens) of its sources together."""
+    budget = sampler.budget
+    wanted = derived.total_steps * recipe.batch.global_size
+    # A budget that ends inside a step is filled up by that step.
+    if budget is None or wanted < budget + recipe.batch.global_size:
+        return
+    steps = -(-budget // recipe.batch.global_size)
+    rule = f"reads {wanted} sequences, but the epochs and tokens of data.train add up to {budget}"
+    fix = f"set run.steps to {steps}, or raise the budgets"
+    raise RecipeError(Problem("run.steps", derived.total_steps, rule, fix), title="recipe refused")
 
 
 def restore_generators(reader: CheckpointReader, ranks: Ranks, seed: int, state: TrainState) -> bool:

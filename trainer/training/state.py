@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from trainer.core.errors import CheckpointError
+from trainer.engine.base import StepResult
 
 VERSION = 1
 
@@ -24,18 +25,21 @@ class TrainState:
     """Steps that were applied; AdamW's bias correction counts these."""
     skipped_steps: int = 0
     consecutive_skips: int = 0
+    corrupt_samples: int = 0
+    """Samples left out of the loss because their data is corrupt."""
     evaluated_step: int = -1
     """Newest step whose evaluation was recorded."""
 
-    def advance(self, samples: int, tokens: int, target_tokens: int, applied: bool) -> None:
-        """Count one step."""
+    def advance(self, samples: int, tokens: int, result: StepResult) -> None:
+        """Count one step of ``samples`` and ``tokens``, all ranks together."""
         self.step += 1
         self.consumed_samples += samples
         self.tokens += tokens
-        self.target_tokens += target_tokens
-        self.optimizer_steps += applied
-        self.skipped_steps += not applied
-        self.consecutive_skips = 0 if applied else self.consecutive_skips + 1
+        self.target_tokens += result.target_tokens
+        self.corrupt_samples += result.corrupt_samples
+        self.optimizer_steps += result.applied
+        self.skipped_steps += not result.applied
+        self.consecutive_skips = 0 if result.applied else self.consecutive_skips + 1
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready fields."""
@@ -46,6 +50,7 @@ class TrainState:
         """Return the state a checkpoint holds. Raises CheckpointError for a newer version or missing fields."""
         if values.get("version") != VERSION:
             raise CheckpointError(f"training state of version {values.get('version')!r}; this trainer reads {VERSION}")
+        values = {"corrupt_samples": 0} | values  # not in the first checkpoints of version 1
         names = [field.name for field in fields(cls)]
         missing = [name for name in names if not isinstance(values.get(name), int)]
         if missing:

@@ -1,0 +1,54 @@
+"""Does the model keep attention inside documents? Asked of the model itself before a run that relies on it."""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed
+from transformers import PretrainedConfig
+
+from trainer.core.errors import Problem, RecipeError
+from trainer.core.targets import IGNORE_INDEX
+from trainer.data.batches import MicroBatch
+from trainer.engine.base import TrainEngine
+
+_DOCUMENT_TOKENS = 16
+# Nats a token. Where documents are kept apart the two losses are equal to the last bit (experts of a mixture may be
+# batched otherwise, which costs the last bits of bfloat16); a document that is seen moves them by far more.
+_TOLERANCE = 5e-3
+
+
+def refuse_leak(engine: TrainEngine, rank: int, config: PretrainedConfig) -> None:
+    """Raise RecipeError if the loss of a document depends on the document before it. All ranks call it together."""
+    vocabulary = config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randint(vocabulary, (2, _DOCUMENT_TOKENS), generator=generator)
+    after = torch.randint(vocabulary, (1, _DOCUMENT_TOKENS + 1), generator=generator)
+    problem: Problem | None = None
+    try:
+        losses = [engine.evaluate_batch(_packed(first[None], after))[0] / _DOCUMENT_TOKENS for first in before]
+    except TypeError as error:  # a forward pass without position_ids
+        problem = _problem(config, f"takes no position_ids ({error})")
+    else:
+        difference = torch.tensor(abs(losses[0] - losses[1]), device=engine.device)
+        distributed.all_reduce(difference, op=distributed.ReduceOp.MAX)
+        if not float(difference) <= _TOLERANCE:
+            seen = f"lets a document see the one before it (losses differ by {float(difference):.3g} nats a token)"
+            problem = _problem(config, seen)
+    if problem is not None:
+        raise RecipeError(problem, title="recipe refused")
+
+
+def _packed(first: torch.Tensor, second: torch.Tensor) -> MicroBatch:
+    """Return two documents in one row, of which only the second counts."""
+    inputs = torch.cat([first, second[:, :-1]], dim=1)
+    targets = torch.full_like(inputs, IGNORE_INDEX)
+    targets[:, first.shape[1] :] = second[:, 1:]
+    lengths = first.shape[1], second.shape[1] - 1
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    documents = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])[None]
+    return MicroBatch(inputs, targets, positions, documents)
+
+
+def _problem(config: PretrainedConfig, what: str) -> Problem:
+    fix = "set it to false, or use packing: one_per_sequence or a model with position_ids and maskable attention"
+    return Problem("data.mask_documents", True, f"{config.model_type} {what}", fix)
