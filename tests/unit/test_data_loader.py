@@ -87,24 +87,6 @@ def test_the_global_batch_is_the_same_for_every_layout(
     assert {row[0] >= 10000 for row in rows} == {True, False}
 
 
-def test_the_first_two_hundred_global_batches_at_any_layout(paths: list[str]) -> None:
-    """DP 1, 2, 4, 8 x workers 0, 2 x micro-batch sizes; one digest a step stands for its rows and their numbers."""
-
-    def digests(data_size: int, micro: int, workers: int) -> list[int]:
-        loaders = [TrainLoader(config(paths, workers), 5, 32, micro, rank, data_size) for rank in range(data_size)]
-        steps = [sum(batch.digest for loader in loaders for batch in loader.next_step()) for _ in range(200)]
-        for loader in loaders:
-            loader.close()
-        return [step % 2**48 for step in steps]
-
-    expected = digests(1, 32, 0)
-    assert len(set(expected)) == 200
-    layouts = [(d, m, w) for d in (1, 2, 4, 8) for m in (1, 2, 4, 8, 16) for w in (0, 2) if 32 % (d * m) == 0]
-    assert len(layouts) == 34
-    for layout in layouts:
-        assert digests(*layout) == expected, layout
-
-
 def test_micro_batch_m_of_rank_r_holds_the_documented_samples(paths: list[str]) -> None:
     loader = TrainLoader(config(paths), 0, 12, 2, data_rank=1, data_size=3, consumed_samples=24)
     assert loader.sample_numbers().tolist() == [[26, 27], [32, 33]]

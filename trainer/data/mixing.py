@@ -96,9 +96,9 @@ class Mixture:
             cycles, slots = np.divmod(numbers[chosen] - self._firsts[stage], CIRCLE)
             found = np.searchsorted(bounds, reverse_bits(slots), side="right") - 1
             low, high = bounds[found], bounds[found + 1]
-            inside = count_below(slots, high) - count_below(slots, low)
+            below = count_below(np.stack([slots, slots]), np.stack([low, high]))
             sources[chosen] = found
-            indices[chosen] = self._before[stage][found] + cycles * (high - low) + inside
+            indices[chosen] = self._before[stage][found] + cycles * (high - low) + below[1] - below[0]
         return sources, indices
 
     def _counts(self, stage: int, length: int) -> NDArray[np.int64]:
