@@ -112,7 +112,7 @@ def number_documents(num_rows: int, length: int, segments: Segments) -> tuple[In
     row_ends = (segments.rows + 1) * length
     last = np.append(segments.rows[1:] != segments.rows[:-1], True)
     padding = ends[last & (ends < row_ends)]
-    empty = np.setdiff1d(np.arange(num_rows), segments.rows, assume_unique=False) * length
+    empty = np.flatnonzero(np.bincount(segments.rows, minlength=num_rows) == 0) * length
     starts = flat[kept]
     if padding.size or empty.size:
         starts = np.sort(np.concatenate([starts, padding, empty]))
