@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from trainer.cli.data_shards import Overwrite, ShardSize, parse_shard_size
+
 if TYPE_CHECKING:
     from trainer.data.tokenize import Progress
 
@@ -57,7 +59,6 @@ Inputs = Annotated[
 ]
 TextKey = Annotated[str, typer.Option(help="Key or column that holds the text, in .jsonl, .parquet and `datasets`.")]
 Split = Annotated[str, typer.Option(help="Split of a `datasets` id.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
 @app.command("tokenizer", cls=ManyInputs)
@@ -107,6 +108,7 @@ def tokenize_command(
         bool, typer.Option("--parse-special-tokens", help="Special tokens spelled out in the text become their ids.")
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hugging Face id.")] = None,
+    shard_size: ShardSize = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn corpora into token shards."""
@@ -126,6 +128,7 @@ def tokenize_command(
             validation_fraction=validation_fraction,
             validation_output=validation_output,
             overwrite=overwrite,
+            shard_bytes=parse_shard_size(shard_size),
             progress=progress,
         )
     for result in written:

@@ -1,4 +1,4 @@
-"""`trainer data info|verify`: look at token shards and check them."""
+"""`trainer data info|verify|merge|split|convert`: look at finished token shards, check and rewrite them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from trainer.data.shard_set import ShardSet
+    from trainer.data.shard_set_writer import Written
 
 Source = Annotated[
     str, typer.Argument(metavar="SOURCE", help="Prefix of shards or of a set, directory, pattern or .ds file.")
@@ -77,3 +78,98 @@ def _facts(shards: ShardSet) -> dict[str, Any]:
         "report": stated.report if stated else None,
         "notes": list(shards.notes),
     }
+
+
+Output = Annotated[str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, PREFIX.idx and PREFIX.json.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Bytes of each shard (500M, 2G): PREFIX-00000.bin, …", show_default=False),
+]
+
+
+def merge(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Prefixes, sets, directories, .ds files.")],
+    output: Output,
+    shard_size: ShardSize = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Join token shards, one source after the other."""
+    from trainer.data.shard_copy import merge as merge_shards
+
+    written = merge_shards(sources, output, shard_bytes=parse_shard_size(shard_size), overwrite=overwrite)
+    _say(output, written)
+
+
+def split(
+    source: Source,
+    output: Output,
+    shard_size: ShardSize = None,
+    shards: Annotated[int | None, typer.Option(min=1, help="Number of shards, about.", show_default=False)] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write token shards anew as a set of smaller ones."""
+    from trainer.core.errors import Problem, RefusedError
+    from trainer.data.shard_copy import merge as merge_shards
+    from trainer.data.shard_copy import shard_bytes_for
+
+    if (shard_size is None) == (shards is None):
+        raise RefusedError(Problem("split", None, "needs --shard-size or --shards", "give one of them"))
+    size = shard_bytes_for(source, shards) if shards is not None else parse_shard_size(shard_size)
+    _say(output, merge_shards([source], output, shard_bytes=size, overwrite=overwrite))
+
+
+def convert(
+    source: Source,
+    output: Output,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_ID", help="Tokenizer that made it.", show_default=False)
+    ] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Instead of a tokenizer.", show_default=False)] = None,
+    end_of_document_id: Annotated[
+        int | None, typer.Option(min=0, help="Id that ends every document.", show_default=False)
+    ] = None,
+    drop_empty: Annotated[bool, typer.Option("--drop-empty", help="Leave out documents without tokens.")] = False,
+    shard_size: ShardSize = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn shards of Megatron, GPT-NeoX or datatrove into shards with a side-car: vocabulary and checksums."""
+    from trainer.data.encoder import Encoder
+    from trainer.data.shard_copy import Labels
+    from trainer.data.shard_copy import merge as merge_shards
+
+    encoder = Encoder.load(tokenizer) if tokenizer is not None else None
+    labels = Labels(
+        vocab_size or (encoder.vocab_size if encoder else None),
+        end_of_document_id,
+        encoder.name if encoder else None,
+        encoder.hash if encoder else None,
+    )
+    size = parse_shard_size(shard_size)
+    written = merge_shards(
+        [source], output, shard_bytes=size, overwrite=overwrite, drop_empty=drop_empty, labels=labels
+    )
+    _say(output, written)
+
+
+def parse_shard_size(text: str | None) -> int | None:
+    """Return a size in bytes: 1000, 500M, 2G, 100MB. Raises RefusedError."""
+    from trainer.core.errors import Problem, RefusedError
+
+    if text is None:
+        return None
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    number, unit = text.upper().removesuffix("B"), ""
+    if number and number[-1] in units:
+        number, unit = number[:-1], number[-1]
+    try:
+        size = int(float(number) * units[unit])
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise RefusedError(Problem("shard-size", text, "must be a number of bytes", "write for example 500M or 2G"))
+    return size
+
+
+def _say(output: str, written: Written) -> None:
+    typer.echo(f"{output}: {written.num_documents:,} documents, {written.num_tokens:,} tokens")

@@ -149,7 +149,7 @@ def pack(lengths: Ints, capacity: int) -> tuple[NDArray[np.int32], Ints]:
     bins = np.zeros((num_windows, num_pieces), dtype=np.int32)
     room = np.full((num_windows, num_pieces), capacity, dtype=np.int32)
     used = np.zeros(num_windows, dtype=np.int64)
-    every: Ints = np.arange(num_windows)
+    every = np.arange(num_windows, dtype=np.int64)
     for i in range(num_pieces):
         length = ordered[:, i]
         if not length.any():

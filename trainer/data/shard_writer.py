@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NoReturn, Self
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
+from trainer.core.durable import fsync_directory
 from trainer.core.errors import DataError, Problem
 from trainer.data.shard_index import (
     HEADER,
@@ -30,11 +33,32 @@ from trainer.data.shard_sidecar import BLOCK_BYTES, BlockHasher, SideCar, stream
 _INDEX_CHUNK = 1 << 18
 
 
+@dataclass(frozen=True)
+class WriterState:
+    """How far a writer is on disk, for another process to go on from."""
+
+    num_documents: int
+    num_tokens: int
+    bin_hash: str
+    """xxh3_64 of the .bin so far."""
+    lengths_hash: str
+    """xxh3_64 of the lengths in the .idx so far."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values: the arguments of the constructor."""
+        return asdict(self)
+
+
+class CannotContinueError(Exception):
+    """The partial files aren't those that a WriterState describes. They are left as they are."""
+
+
 class ShardWriter:
     """Write PREFIX.bin, PREFIX.idx and PREFIX.json, one sequence a document.
 
     Files are written as ``*.partial`` beside their final names, synced, then renamed, PREFIX.json last. A killed
-    writer leaves only ``*.partial``, which the next writer of the same prefix takes over; a lock keeps two
+    writer leaves only ``*.partial``, which the next writer of the same prefix takes over: empties, or with
+    ``continue_from`` cuts back to what ``sync`` returned once (CannotContinueError if they don't fit). A lock keeps two
     writers apart. ``end_of_document_id`` is promised to end every document: one that doesn't is refused.
     """
 
@@ -48,6 +72,7 @@ class ShardWriter:
         tokenizer_hash: str | None = None,
         overwrite: bool = False,
         block_bytes: int = BLOCK_BYTES,
+        continue_from: WriterState | None = None,
     ) -> None:
         self.prefix = os.fspath(prefix)
         self._paths = ShardPaths.of(prefix)
@@ -65,15 +90,19 @@ class ShardWriter:
         self._code = dtype_code(vocab_size)
         self._dtype = IndexHeader(self._code, 0, 0).dtype
         self._hasher = BlockHasher(block_bytes)
+        self._bin_hash, self._lengths_hash = xxhash.xxh3_64(), xxhash.xxh3_64()
         self._closed = False
         # What this writer has opened and locked, and may therefore remove.
         self._own: list[tuple[Path, BinaryIO]] = []
         self._check_target()
         try:
             self._paths.bin.parent.mkdir(parents=True, exist_ok=True)
-            self._bin = self._open_partial(self._paths.bin)
-            self._idx = self._open_partial(self._paths.idx)
-            self._idx.write(bytes(HEADER.size))
+            self._bin = self._open_partial(self._paths.bin, keep=continue_from is not None)
+            self._idx = self._open_partial(self._paths.idx, keep=continue_from is not None)
+            if continue_from is None:
+                self._idx.write(bytes(HEADER.size))
+            else:
+                self._continue(continue_from)
         except OSError as error:
             self.abort()
             self._refuse(self.prefix, None, f"can't be written: {error.strerror}", cause=error)
@@ -91,21 +120,42 @@ class ShardWriter:
         self._check(ids, sizes)
         stored = np.ascontiguousarray(ids, dtype=self._dtype)
         view = stored.view(np.uint8).data
+        lengths_bytes = sizes.astype(LENGTH_DTYPE).tobytes()
         try:
             self._bin.write(view)
-            self._idx.write(sizes.astype(LENGTH_DTYPE).tobytes())
+            self._idx.write(lengths_bytes)
         except OSError as error:
             self.abort()
             self._refuse(self.prefix, None, f"can't be written: {error.strerror}", cause=error)
         self._hasher.update(view)
+        self._bin_hash.update(view)
+        self._lengths_hash.update(lengths_bytes)
         self.num_tokens += ids.size
         self.num_documents += sizes.size
+
+    def sync(self) -> WriterState:
+        """Make everything so far survive a power cut, and return where another process can go on."""
+        try:
+            _sync(self._bin)
+            _sync(self._idx)
+        except OSError as error:
+            self._refuse(self.prefix, None, f"can't be written: {error.strerror}", cause=error)
+        return WriterState(
+            self.num_documents, self.num_tokens, self._bin_hash.hexdigest(), self._lengths_hash.hexdigest()
+        )
 
     def commit(self, report: dict[str, Any] | None = None) -> SideCar:
         """Finish the index, sync everything, rename it into place and return the side-car.
 
         Raises DataError if no document was added or the disk fails; then nothing is left behind.
         """
+        return self._finish(report, rename=True)
+
+    def finish(self, report: dict[str, Any] | None = None) -> SideCar:
+        """Do what ``commit`` does, but leave the complete files as ``*.partial`` for ``publish``."""
+        return self._finish(report, rename=False)
+
+    def _finish(self, report: dict[str, Any] | None, rename: bool) -> SideCar:
         if self._closed:
             raise ValueError("this writer is closed")
         try:
@@ -117,7 +167,8 @@ class ShardWriter:
             file = self._open_partial(self._paths.json)
             file.write(sidecar.to_json().encode())
             _sync(file)
-            self._rename()
+            if rename:
+                publish(self.prefix)
             self._closed = True
         except OSError as error:
             self._refuse(self.prefix, None, f"can't be written: {error.strerror}", cause=error)
@@ -127,14 +178,15 @@ class ShardWriter:
             file.close()
         return sidecar
 
-    def abort(self) -> None:
-        """Remove what is not committed. Harmless after ``commit``."""
+    def abort(self, keep: bool = False) -> None:
+        """Remove what is not committed, or ``keep`` it for a writer that continues. Harmless after ``commit``."""
         if self._closed:
             return
         self._closed = True
         # Unlinked before closed: closing gives up the lock, and the name may then be another writer's.
         for path, file in reversed(self._own):
-            path.unlink(missing_ok=True)
+            if not keep:
+                path.unlink(missing_ok=True)
             with suppress(OSError):  # a full disk fails again on the last flush
                 file.close()
 
@@ -145,6 +197,23 @@ class ShardWriter:
         if kind is None and not self._closed:
             self.commit()
         self.abort()
+
+    def _continue(self, state: WriterState) -> None:
+        """Cut the partial files back to ``state`` and take its place."""
+        bin_bytes = state.num_tokens * self._dtype.itemsize
+        idx_bytes = HEADER.size + state.num_documents * LENGTH_DTYPE.itemsize
+        for piece in _pieces(self._bin, 0, bin_bytes):
+            self._hasher.update(memoryview(piece))
+            self._bin_hash.update(piece)
+        for piece in _pieces(self._idx, HEADER.size, idx_bytes):
+            self._lengths_hash.update(piece)
+        if (self._bin_hash.hexdigest(), self._lengths_hash.hexdigest()) != (state.bin_hash, state.lengths_hash):
+            self.abort(keep=True)
+            raise CannotContinueError(f"{self.prefix}: the partial files aren't those that were written")
+        for file, size in ((self._bin, bin_bytes), (self._idx, idx_bytes)):
+            file.truncate(size)
+            file.seek(size)
+        self.num_documents, self.num_tokens = state.num_documents, state.num_tokens
 
     def _check_target(self) -> None:
         for path in (self._paths.bin, self._paths.idx, self._paths.json):
@@ -214,7 +283,7 @@ class ShardWriter:
         _sync(self._bin)
 
     def _sidecar(self, report: dict[str, Any]) -> SideCar:
-        with open(_partial(self._paths.idx), "rb") as file:
+        with open(partial_path(self._paths.idx), "rb") as file:
             idx_hash = stream_hash(file)
         return SideCar(
             num_tokens=self.num_tokens,
@@ -227,48 +296,63 @@ class ShardWriter:
             block_bytes=self._block_bytes,
             bin_blocks=self._hasher.blocks(),
             idx_hash=idx_hash,
-            tool_version=_tool_version(),
+            tool_version=tool_version(),
             report=report,
         )
 
-    def _rename(self) -> None:
-        # Old index and side-car go first: an interruption leaves shards that are refused, never a mixture.
-        self._paths.json.unlink(missing_ok=True)
-        self._paths.idx.unlink(missing_ok=True)
-        for path in (self._paths.bin, self._paths.idx, self._paths.json):
-            os.replace(_partial(path), path)
-        directory = os.open(self._paths.bin.parent, os.O_RDONLY)
+    def _open_partial(self, path: Path, keep: bool = False) -> BinaryIO:
         try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-    def _open_partial(self, path: Path) -> BinaryIO:
-        partial = _partial(path)
-        while True:
-            file = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=1 << 20)
-            try:
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                self.abort()
-                self._refuse(str(partial), None, "is being written by another process", "wait for it, or stop it")
-            except OSError:
-                pass  # a file system without locks: this check is lost, nothing else
-            # Its last owner may have renamed it between our open and our lock: then it isn't ours to empty.
-            if _same_file(file, partial):
-                break
-            file.close()
-        self._own.append((partial, file))
-        file.truncate(0)
+            file = open_locked(partial_path(path))
+        except BlockingIOError:
+            self.abort(keep)
+            self._refuse(
+                str(partial_path(path)), None, "is being written by another process", "wait for it, or stop it"
+            )
+        self._own.append((partial_path(path), file))
+        if not keep:
+            file.truncate(0)
         return file
 
     def _refuse(self, key: str, value: Any, rule: str, fix: str = "", cause: Exception | None = None) -> NoReturn:
         raise DataError(Problem(key, value, rule, fix), title=f"writing {self.prefix}") from cause
 
 
-def _partial(path: Path) -> Path:
+def publish(prefix: str | os.PathLike[str]) -> None:
+    """Rename the complete ``*.partial`` files of ``prefix``, PREFIX.json last. Interrupted, it can be called again.
+
+    Raises OSError.
+    """
+    paths = ShardPaths.of(prefix)
+    if partial_path(paths.bin).exists():
+        # Old index and side-car go first: an interruption leaves shards that are refused, never a mixture.
+        paths.json.unlink(missing_ok=True)
+        paths.idx.unlink(missing_ok=True)
+    for path in (paths.bin, paths.idx, paths.json):
+        if partial_path(path).exists() or not path.exists():
+            os.replace(partial_path(path), path)
+    fsync_directory(paths.bin.parent)
+
+
+def partial_path(path: Path) -> Path:
+    """Return the name of ``path`` while it is written."""
     return path.with_name(path.name + ".partial")
+
+
+def open_locked(path: Path) -> BinaryIO:
+    """Open or create ``path`` for reading and writing, and lock it. Raises BlockingIOError if it is locked."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=1 << 20)
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:
+            pass  # a file system without locks: this check is lost, nothing else
+        # Its last owner may have renamed it between our open and our lock: then it isn't ours to empty.
+        if _same_file(file, path):
+            return file
+        file.close()
 
 
 def _same_file(file: BinaryIO, path: Path) -> bool:
@@ -278,12 +362,21 @@ def _same_file(file: BinaryIO, path: Path) -> bool:
         return False
 
 
+def _pieces(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    """Yield the bytes of a file; fewer if it is shorter."""
+    file.seek(start)
+    while start < stop and (piece := file.read(min(BLOCK_BYTES, stop - start))):
+        yield piece
+        start += len(piece)
+
+
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
-def _tool_version() -> str:
+def tool_version() -> str:
+    """Return the version of this package."""
     try:
         return version("trainer")
     except PackageNotFoundError:  # run from a checkout that isn't installed

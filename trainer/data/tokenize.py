@@ -28,7 +28,7 @@ from trainer.core.errors import DataError, Problem
 from trainer.data.corpus import Corpus
 from trainer.data.encoder import Encoder, EncoderSpec
 from trainer.data.shard_index import ShardPaths
-from trainer.data.shards import ShardWriter
+from trainer.data.shard_set_writer import SetWriter
 from trainer.data.token_report import ROUND_TRIP_CHARACTERS, TokenReport
 
 # A chunk ends at whichever comes first; large enough that handing it over costs nothing against encoding it.
@@ -112,13 +112,15 @@ def tokenize(
     validation_fraction: float = 0.0,
     validation_output: str | None = None,
     overwrite: bool = False,
+    shard_bytes: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Tokenized]:
     """Encode every document of ``inputs`` (see ``corpus``) and write token shards; return what was written.
 
     Documents end with the end-of-document id: the tokenizer's eos token, or the token ``end_of_document``. With
     ``validation_fraction`` each document goes to ``validation_output`` by a hash of its text: adding documents or
-    changing their order never moves one to the other side. ``workers`` None: one a core.
+    changing their order never moves one to the other side. ``workers`` None: one a core. ``shard_bytes``: a set of
+    shards of this size instead of one.
 
     Raises DataError, with nothing written, for inputs or a tokenizer that can't be used: no end-of-document token,
     more than 10 % unknown tokens, or text that is lost.
@@ -131,9 +133,10 @@ def tokenize(
     with ExitStack() as stack:
         writers = [
             stack.enter_context(
-                ShardWriter(
+                SetWriter(
                     prefix,
                     encoder.vocab_size,
+                    shard_bytes=shard_bytes,
                     end_of_document_id=job.eos_id,
                     tokenizer_name=encoder.name,
                     tokenizer_hash=encoder.hash,
@@ -152,7 +155,7 @@ def _encode_all(
     corpus: Corpus,
     job: _Job,
     workers: int,
-    writers: list[ShardWriter],
+    writers: list[SetWriter],
     reports: list[TokenReport],
     progress: Callable[[Progress], None] | None,
 ) -> None:
@@ -179,7 +182,7 @@ def _encode_all(
     tell()
 
 
-def _commit(corpus: Corpus, writers: list[ShardWriter], reports: list[TokenReport]) -> list[Tokenized]:
+def _commit(corpus: Corpus, writers: list[SetWriter], reports: list[TokenReport]) -> list[Tokenized]:
     for writer, report in zip(writers, reports, strict=True):
         if not writer.num_documents:
             fix = "change --validation-fraction, or use more documents"
