@@ -114,7 +114,7 @@ def test_looking_at_shards_loads_no_heavy_library(folder: Path) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "trainer", "data", "verify", "data/code"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=folder, timeout=60, check=True)
     loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "trainer.data.shards" in loaded
+    assert "trainer.data.shard_set" in loaded
     assert not loaded & {"torch", "deepspeed", "transformers", "tokenizers", "datasets", "pyarrow"}
 
 

@@ -1,265 +1,208 @@
-"""Documents of a corpus, in one fixed order: text files, JSON Lines, Parquet, directories, `datasets` ids.
+"""Documents of a corpus, in one fixed order: text files, JSON Lines, Parquet, Arrow, directories, `datasets` ids.
 
-- ``.jsonl`` / ``.ndjson``, also ``.gz`` and ``.zst``: a line is an object, its ``text_key`` a document;
-- ``.parquet``: a row is a document;
-- a directory: everything below it, sorted by name; hidden entries and ``__pycache__`` are left out;
-- any other file is one document of UTF-8 text. One that isn't text is refused when it was named, and skipped and
-  counted when it was found in a directory;
+- ``.jsonl`` / ``.ndjson``: a line is an object, its ``text_key`` a document;
+- ``.parquet``, ``.arrow`` (file or stream), and a directory that ``datasets`` saved: a row is a document;
+- any other directory: everything below it, sorted by name; hidden entries and ``__pycache__`` are left out;
+- any other file is one document of UTF-8 text, or several between separators. One that isn't text is refused when it
+  was named, and skipped and counted when it was found in a directory;
+- text and JSON Lines may be compressed, ``.gz`` or ``.zst``;
 - what doesn't exist and looks like an id (``name``, ``owner/name``, ``owner/name:configuration``) is loaded by
   ``datasets``.
 """
 
 from __future__ import annotations
 
-import gzip
-import importlib
-import io
-import json
+import copy
 import os
-import re
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import IO, Any, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from trainer.core.errors import DataError, Problem
-from trainer.core.hub import hub_answers
+from trainer.data.corpus_files import Kind, Patterns, Source, find_sources, refused
+from trainer.data.corpus_filters import Filters
+from trainer.data.corpus_rows import READ_ERRORS, Columns, NotTextError, Reader, missing_key, not_text, open_reader
 
-_JSONL = re.compile(r"\.(jsonl|ndjson)(\.gz|\.zst)?$", re.IGNORECASE)
-_DATASET_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?$")
+_NUM_EXAMPLES = 3
+
+
+@dataclass
+class Counts:
+    """What a corpus gave, and what it left out and why."""
+
+    documents: int = 0
+    empty: int = 0
+    repaired: int = 0
+    """Documents with a lone surrogate, which no encoding knows: replaced by U+FFFD. They are kept."""
+    skipped_files: int = 0
+    """Files of directories that aren't UTF-8 text, or links to nothing."""
+    skipped_examples: list[str] = field(default_factory=list[str])
+    where: int = 0
+    """Rows that a condition left out."""
+    too_short: int = 0
+    too_long: int = 0
+    excluded_files: int = 0
+
+    def skip(self, path: str) -> None:
+        """Count a file that isn't text."""
+        self.skipped_files += 1
+        if len(self.skipped_examples) < _NUM_EXAMPLES:
+            self.skipped_examples.append(path)
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text and where it comes from."""
+class Position:
+    """A place between two documents, for another process to go on from."""
 
-    text: str
-    place: str
-    """File, and line or row, for messages."""
+    source: int
+    row: int
+    """Rows of that source that were read."""
+    bytes_done: int
+    counts: Counts
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
 
-@dataclass(frozen=True)
-class _Found:
-    path: Path
-    named: bool
-    """Given by the user, not found in a directory."""
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> Position:
+        """Return what ``to_dict`` came from. Raises KeyError or TypeError."""
+        return Position(**{**raw, "counts": Counts(**raw["counts"])})
 
 
 class Corpus:
-    """Iterate the documents of ``inputs``. Counts what it skips.
+    """Iterate the texts of ``inputs``, once. Counts what it leaves out.
 
-    Raises DataError at once for missing or unreadable inputs (all of them) and symbolic links that form a loop, while
-    iterating for damaged files, and from ``require_documents`` when nothing was found.
+    Raises DataError at once for missing or unreadable inputs (all of them), symbolic links that form a loop and
+    options that no input has a use for; while iterating for damaged files; and from ``require_documents`` when nothing
+    was found.
     """
 
     def __init__(
-        self, inputs: Sequence[str | os.PathLike[str]], *, text_key: str = "text", split: str = "train"
+        self,
+        inputs: Sequence[str | os.PathLike[str]],
+        *,
+        text_key: str = "text",
+        split: str = "train",
+        filters: Filters | None = None,
+        patterns: Patterns | None = None,
+        separator: str | None = None,
     ) -> None:
-        self.text_key, self.split = text_key, split
-        self.num_documents = 0
-        self.empty_documents = 0
-        self.repaired_documents = 0
-        """Documents with a lone surrogate, which no encoding knows: replaced by U+FFFD."""
-        self.skipped_files: list[str] = []
-        """Files of directories that aren't UTF-8 text, or links to nothing."""
+        self.filters = filters or Filters()
+        self._text_key, self._split, self._separator = text_key, split, separator
+        self._inputs = [os.fspath(item) for item in inputs]
+        self.listing = find_sources(self._inputs, patterns or Patterns(), split)
+        self.counts = Counts(excluded_files=self.listing.excluded_files)
+        for path in self.listing.broken_links:
+            self.counts.skip(path)
         self.bytes_done = 0
         """Bytes of input that the documents so far came from."""
-        self._inputs = [os.fspath(item) for item in inputs]
-        self._found: list[_Found | str] = []
-        problems: list[Problem] = []
-        if not self._inputs:
-            problems.append(Problem("input", None, "names nothing to read"))
-        for item in self._inputs:
-            try:
-                self._found += self._find(item)
-            except DataError as error:
-                problems += error.problems
-        if problems:
-            raise DataError(problems, title="input")
+        self._source = self._row = 0
+        self._check_options()
 
-    @cached_property
+    @property
     def total_bytes(self) -> int | None:
         """Bytes of all input files; None if a `datasets` id is among them."""
-        if any(isinstance(item, str) for item in self._found):
-            return None
-        return sum(item.path.stat().st_size for item in self._found if not isinstance(item, str))
+        return self.listing.total_bytes
 
-    def __iter__(self) -> Iterator[Document]:
-        before = 0
-        for item in self._found:
-            documents = self._read_dataset(item) if isinstance(item, str) else self._read_file(item, before)
-            for document in documents:
-                if not document.text or document.text.isspace():
-                    self.empty_documents += 1
-                    continue
-                self.num_documents += 1
-                yield document
-            if not isinstance(item, str):
-                before += item.path.stat().st_size
-                self.bytes_done = before
+    def position(self) -> Position:
+        """Return the place behind the last document that was taken."""
+        return Position(self._source, self._row, self.bytes_done, copy.deepcopy(self.counts))
+
+    def start_at(self, position: Position) -> None:
+        """Let the iteration begin behind the last document before ``position``, of a corpus with the same listing."""
+        self._source, self._row, self.bytes_done = position.source, position.row, position.bytes_done
+        self.counts = copy.deepcopy(position.counts)
+
+    def __iter__(self) -> Iterator[str]:
+        first, skip = self._source, self._row
+        before = sum(source.size for source in self.listing.sources[:first])
+        for number, source in enumerate(self.listing.sources[first:], first):
+            self._source = number
+            yield from self._documents(source, skip, before)
+            skip = 0
+            before += source.size
+            self.bytes_done = before
 
     def require_documents(self) -> None:
         """Raise DataError if the iteration found no text."""
-        if self.num_documents:
+        counts = self.counts
+        if counts.documents:
             return
-        skipped = f" ({self.empty_documents} empty documents, {len(self.skipped_files)} files that aren't text)"
-        raise DataError(Problem("input", ", ".join(self._inputs), f"holds no text{skipped}"), title="input")
+        found = f"{counts.empty} empty documents, {counts.skipped_files} files that aren't text"
+        dropped = counts.where + counts.too_short + counts.too_long
+        if dropped:
+            found += f", {dropped} left out by --where, --min-characters and --max-characters"
+        raise refused(", ".join(self._inputs), f"holds no text ({found})")
 
-    def _find(self, item: str) -> list[_Found | str]:
-        path = Path(item)
-        if path.is_dir():
-            found = [_Found(file, named=False) for file in self._walk(path, ())]
-            if not found:
-                raise _refused(path, "holds no files")
-            return list(found)
-        if path.is_file():
-            if not os.access(path, os.R_OK):
-                raise _refused(path, "can't be read: permission denied")
-            return [_Found(path, named=True)]
-        if path.exists():
-            raise _refused(path, "must be a regular file or a directory")
-        is_id = _DATASET_ID.match(item) and not path.suffix and not (len(path.parts) > 1 and path.parent.exists())
-        if is_id and not path.is_symlink():
-            return [item]
-        raise _refused(path, "doesn't exist")
+    def _check_options(self) -> None:
+        kinds = {source.kind for source in self.listing.sources}
+        problems: list[Problem] = []
+        if self.filters.where and kinds == {Kind.text}:
+            keys = ", ".join(where.key for where in self.filters.where)
+            problems.append(Problem("where", keys, "chooses rows by their keys, and no input has rows"))
+        if self._separator is not None and Kind.text not in kinds:
+            problems.append(Problem("separator", self._separator, "cuts text files, and no input is one"))
+        if self._separator == "":
+            problems.append(Problem("separator", "", "must not be empty"))
+        if problems:
+            raise DataError(problems, title="input")
 
-    def _walk(self, directory: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-        status = directory.stat()
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            raise _refused(directory, "is a symbolic link to a directory above it: a loop", "remove the link")
+    def _documents(self, source: Source, skip: int, before: int) -> Iterator[str]:
+        columns = Columns(self._text_key, tuple(dict.fromkeys(where.column for where in self.filters.where)))
+        reader = open_reader(source, columns, separator=self._separator, split=self._split)
         try:
-            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-        except OSError as error:
-            raise _refused(directory, f"can't be read: {error.strerror}") from None
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__pycache__":
-                continue
-            path = Path(entry.path)
-            if entry.is_dir():
-                yield from self._walk(path, (*above, identity))
-            elif entry.is_file():
-                yield path
-            else:
-                self.skipped_files.append(str(path))
-
-    def _read_file(self, found: _Found, before: int) -> Iterator[Document]:
-        path = found.path
-        try:
-            if _JSONL.search(path.name):
-                yield from self._read_jsonl(path, before)
-            elif path.suffix.lower() == ".parquet":
-                yield from self._read_parquet(path, before)
-            else:
-                yield from self._read_text(found)
-        except (OSError, EOFError) as error:
-            raise _refused(path, f"can't be read: {error}") from None
-
-    def _read_text(self, found: _Found) -> Iterator[Document]:
-        data = found.path.read_bytes()
-        try:
-            if b"\0" in data:
-                raise ValueError("it holds zero bytes")
-            # Bytes, not text mode: line ends stay as they are.
-            text = data.decode("utf-8-sig")
-        except ValueError as error:
-            if found.named:
-                raise _refused(
-                    found.path, f"isn't UTF-8 text: {error}", "convert it to UTF-8 or leave it out"
+            yield from self._taken(reader, skip, before)
+        except NotTextError as error:
+            if source.named:
+                raise refused(
+                    source.path, f"isn't UTF-8 text: {error}", "convert it to UTF-8 or leave it out"
                 ) from None
-            self.skipped_files.append(str(found.path))
-            return
-        yield Document(text, str(found.path))
+            self.counts.skip(source.path)
+        except READ_ERRORS as error:
+            raise refused(source.path, f"can't be read: {error}") from None
 
-    def _read_jsonl(self, path: Path, before: int) -> Iterator[Document]:
-        with open(path, "rb") as raw, _decompressed(raw, path) as lines:
-            for number, line in enumerate(lines, 1):
-                self.bytes_done = before + raw.tell()
-                if line.isspace():
+    def _taken(self, reader: Reader, skip: int, before: int) -> Iterator[str]:
+        """Yield the texts of one source that the filters let through."""
+        counts, plain = self.counts, reader.plain
+        accepts = self.filters.row_test() if reader.source.has_rows else None
+        shortest, longest = self.filters.min_characters or 0, self.filters.max_characters
+        for row, value in enumerate(reader.rows(skip), skip):
+            if plain:
+                text = value
+            else:
+                if value is None:
                     continue
-                place = f"{path}:{number}"
-                try:
-                    value = json.loads(line)
-                except ValueError as error:
-                    raise _refused(place, f"isn't JSON: {error}") from None
-                yield Document(self._text_of(value, place), place)
+                if accepts is not None and isinstance(value, dict) and not accepts(value):
+                    counts.where += 1
+                    continue
+                text = self._text_of(value, reader, row)
+            if not text or text.isspace():
+                counts.empty += 1
+            elif len(text) < shortest:
+                counts.too_short += 1
+            elif longest is not None and len(text) > longest:
+                counts.too_long += 1
+            else:
+                counts.documents += 1
+                self._row = row + 1
+                self.bytes_done = before + reader.bytes_done
+                yield text
 
-    def _read_parquet(self, path: Path, before: int) -> Iterator[Document]:
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                names, rows = file.schema_arrow.names, file.metadata.num_rows
-                if self.text_key not in names:
-                    raise _missing_key(path, self.text_key, names)
-                row, size = 0, path.stat().st_size
-                for batch in file.iter_batches(batch_size=256, columns=[self.text_key]):
-                    for text in batch.column(0).to_pylist():
-                        place = f"{path} row {row}"
-                        yield Document(self._text_of({self.text_key: text}, place), place)
-                        row += 1
-                    self.bytes_done = before + size * row // max(rows, 1)
-        except pyarrow.ArrowException as error:
-            raise _refused(path, f"isn't a readable Parquet file: {error}") from None
-
-    def _read_dataset(self, name: str) -> Iterator[Document]:
-        identifier, _, configuration = name.partition(":")
-        if not hub_answers(identifier, "dataset"):
-            raise _refused(name, "doesn't exist, and the Hugging Face Hub can't be reached to look for a data set")
-        import datasets
-
-        try:
-            rows = datasets.load_dataset(identifier, configuration or None, split=self.split, streaming=True)
-        except Exception as error:  # noqa: BLE001 (a library's many ways to say: no such data set)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise _refused(name, f"is neither a file nor a `datasets` id that loads: {reason}") from None
-        for number, row in enumerate(rows):
-            yield Document(self._text_of(row, f"{name} row {number}"), f"{name} row {number}")
-
-    def _text_of(self, value: Any, place: str) -> str:
+    def _text_of(self, value: Any, reader: Reader, row: int) -> str:
+        key = self._text_key
         if not isinstance(value, dict):
-            raise _refused(place, f"is a {type(value).__name__}, expected an object with the key `{self.text_key}`")
-        if self.text_key not in value:
-            raise _missing_key(place, self.text_key, list(value))
-        text = value[self.text_key]
+            rule = f"is a {type(value).__name__}, expected an object with the key `{key}`"
+            raise refused(reader.place(row), rule)
+        if key not in value:
+            raise missing_key(reader.place(row), key, list(value))
+        text = value[key]
         if not isinstance(text, str):
-            raise _refused(place, f"`{self.text_key}` is {type(text).__name__}, expected text")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            self.repaired_documents += 1
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            raise not_text(reader.place(row), key, text)
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                self.counts.repaired += 1
+                return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return text
-
-
-@contextmanager
-def _decompressed(raw: IO[bytes], path: Path) -> Generator[IO[bytes], None, None]:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        with gzip.open(raw) as file:
-            yield cast("IO[bytes]", file)
-    elif suffix == ".zst":
-        try:
-            zstandard: Any = importlib.import_module("zstandard")  # optional
-        except ImportError:
-            raise _refused(path, "needs the package zstandard", "pip install zstandard") from None
-        try:
-            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as file:
-                yield cast("IO[bytes]", io.BufferedReader(file, 1 << 20))
-        except zstandard.ZstdError as error:
-            raise _refused(path, f"can't be read: {error}") from None
-    else:
-        yield raw
-
-
-def _missing_key(place: object, key: str, names: list[str]) -> DataError:
-    return _refused(
-        place, f"has no `{key}`; it has {', '.join(map(str, names)) or 'nothing'}", "choose one with --text-key"
-    )
-
-
-def _refused(place: object, rule: str, fix: str = "") -> DataError:
-    return DataError(Problem(str(place), None, rule, fix), title="input")

@@ -16,6 +16,8 @@ from trainer.data.read_ahead import ReadAhead
 from trainer.data.sampler import Sampler
 from trainer.data.sources import Source, open_source, open_train_sources
 
+_INDEX = -1
+"""Stands for a block where a shard's index or side-car is what is damaged."""
 _PLANNED_SAMPLES = 1024
 """Samples of this rank that are located together."""
 
@@ -80,18 +82,23 @@ class TrainLoader:
         Returns (source, shard, block, what is wrong) of each that fails. Give every rank's to ``exclude``.
         """
         full = self._data.integrity == "full"
-        return [
-            (i, shard, block, message)
-            for i, source in enumerate(self.sources)
-            for shard, block, message in source.shards.check_blocks(rank, world_size, full)
-        ]
+        found: list[tuple[int, int, int, str]] = []
+        for i, source in enumerate(self.sources):
+            try:
+                blocks = source.shards.check_blocks(rank, world_size, full)
+            except DataError as error:  # a side-car that can't be read
+                blocks = [(0, _INDEX, str(problem)) for problem in error.problems]
+            found += [(i, shard, block, message) for shard, block, message in blocks]
+            found += [(i, shard, _INDEX, message) for shard, message in source.shards.check_index(rank, world_size)]
+        return found
 
     def exclude(self, corrupt: Sequence[tuple[int, int, int, str]]) -> None:
         """Act on the corrupt blocks that all ranks found together: the same list on every rank.
 
         Raises DataError under ``data.on_corrupt: stop``; else samples that touch them are left out of the loss.
         """
-        if corrupt and self._data.on_corrupt == "stop":
+        # Without its index or side-car nothing can be said about a shard: there is nothing to skip.
+        if corrupt and (self._data.on_corrupt == "stop" or any(block == _INDEX for _, _, block, _ in corrupt)):
             fix = "restore the file from a copy, or set data.on_corrupt: skip to train without these sequences"
             problems = [
                 Problem(f"data.train.{i}.path", self._data.train[i].path, text, fix) for i, _, _, text in corrupt

@@ -16,12 +16,14 @@ from trainer.data.shard_files import FileCache
 from trainer.data.shard_manifest import FORMAT, SetManifest, SetMember
 from trainer.data.shard_member import Shard, document_starts, open_member, trust_member
 from trainer.data.shard_paths import locate
+from trainer.data.shard_reader import sampled_blocks
 from trainer.data.shard_sidecar import BLOCK_BYTES, SideCar, block_hash, fingerprint_of
 
 Ints = NDArray[np.int64]
 # Document starts kept in memory, beside those of the shard in use; 4 bytes a document.
 _CACHED_BYTES = 256 * 1024 * 1024
 _SAMPLED_BLOCKS = 8
+_SAMPLED_TOKENS = 1 << 16
 
 
 class CorruptBlockError(DataError):
@@ -191,6 +193,24 @@ class ShardSet:
         for number, (shard, block) in enumerate(self._blocks(full)):
             if number % world_size == rank and (message := self._check_block(shard, block)) is not None:
                 failed.append((shard, block, message))
+        return failed
+
+    def sample_ids(self, limit: int) -> None:
+        """Look at ids of 8 places of shards without a side-car. Raises DataError for one not below ``limit``."""
+        for i in range(_SAMPLED_BLOCKS):
+            count = min(_SAMPLED_TOKENS, self.num_tokens)
+            start = i * (self.num_tokens - count) // (_SAMPLED_BLOCKS - 1)
+            shard = int(np.searchsorted(self._token_ends, start, side="right"))
+            if self.shards[shard].tokenizer_hash is None and self.vocab_size is None:
+                out = np.empty((1, count), dtype=np.int64)
+                self.read_many(np.array([start], dtype=np.int64), count, out, limit)
+
+    def check_index(self, rank: int, world_size: int) -> list[tuple[int, str]]:
+        """Read the document index of this rank's share of at most 8 shards; return (shard, message) of bad ones."""
+        failed: list[tuple[int, str]] = []
+        for number, shard in enumerate(sampled_blocks(len(self.shards), _SAMPLED_BLOCKS)):
+            if number % world_size == rank:
+                failed += [(shard, str(problem)) for problem in self.shards[shard].problems()]
         return failed
 
     def mark_corrupt(self, blocks: Sequence[tuple[int, int]]) -> None:

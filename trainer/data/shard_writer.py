@@ -58,8 +58,9 @@ class ShardWriter:
 
     Files are written as ``*.partial`` beside their final names, synced, then renamed, PREFIX.json last. A killed
     writer leaves only ``*.partial``, which the next writer of the same prefix takes over: empties, or with
-    ``continue_from`` cuts back to what ``sync`` returned once (CannotContinueError if they don't fit). A lock keeps two
-    writers apart. ``end_of_document_id`` is promised to end every document: one that doesn't is refused.
+    ``continue_from`` cuts back to what ``sync`` returned once (CannotContinueError if they don't fit). A lock keeps
+    two writers apart. ``resumable`` keeps the partial files when the disk fails. ``end_of_document_id`` is promised to
+    end every document: one that doesn't is refused.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class ShardWriter:
         tokenizer_hash: str | None = None,
         overwrite: bool = False,
         block_bytes: int = BLOCK_BYTES,
+        resumable: bool = False,
         continue_from: WriterState | None = None,
     ) -> None:
         self.prefix = os.fspath(prefix)
@@ -86,6 +88,7 @@ class ShardWriter:
         self._end_of_document_id = end_of_document_id
         self._tokenizer = (tokenizer_name, tokenizer_hash)
         self._overwrite = overwrite
+        self._resumable = resumable
         self._block_bytes = block_bytes
         self._code = dtype_code(vocab_size)
         self._dtype = IndexHeader(self._code, 0, 0).dtype
@@ -125,7 +128,7 @@ class ShardWriter:
             self._bin.write(view)
             self._idx.write(lengths_bytes)
         except OSError as error:
-            self.abort()
+            self.abort(self._resumable)
             self._refuse(self.prefix, None, f"can't be written: {error.strerror}", cause=error)
         self._hasher.update(view)
         self._bin_hash.update(view)
@@ -171,6 +174,7 @@ class ShardWriter:
                 publish(self.prefix)
             self._closed = True
         except OSError as error:
+            self.abort(self._resumable)
             self._refuse(self.prefix, None, f"can't be written: {error.strerror}", cause=error)
         finally:
             self.abort()

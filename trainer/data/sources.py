@@ -37,6 +37,8 @@ def open_train_sources(data: DataConfig, vocab_size: int | None) -> list[Source]
 def open_source(key: str, path: str, packing: str, sequence_length: int, vocab_size: int | None) -> Source:
     """Open one source, that of the recipe's ``key``. Raises DataError."""
     (shards,) = _open([path], [key], vocab_size)
+    if corrupt := shards.check_blocks(0, 1, full=False):
+        raise DataError([Problem(key, path, message) for *_, message in corrupt], title="corrupt token shards")
     return Source(key, shards, cut(shards, packing, sequence_length))
 
 
@@ -55,6 +57,11 @@ def _open(paths: Sequence[str], keys: Sequence[str], vocab_size: int | None) -> 
             problems += error.problems
             continue
         opened.append(shards)
+        if vocab_size is not None:
+            try:
+                shards.sample_ids(vocab_size)
+            except DataError as error:
+                problems += error.problems
         if vocab_size is not None and (shards.vocab_size or 0) > vocab_size:
             rule = f"was written with a larger vocabulary than the model's vocab_size = {vocab_size}"
             fix = "raise the model's vocab_size, or tokenize with the model's tokenizer"

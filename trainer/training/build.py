@@ -34,7 +34,7 @@ from trainer.training.isolation import refuse_leak
 from trainer.training.loop import Parts
 from trainer.training.resume import refuse_beyond_budget, refuse_if_different, restore_generators
 from trainer.training.state import TrainState
-from trainer.training.tokenizer import keep, load_on_first_rank
+from trainer.training.tokenizer import keep, load_on_first_rank, refuse_other_tokenizer
 
 
 def build_parts(
@@ -66,6 +66,7 @@ def build_parts(
         environment.rank, derived.data_parallel, state.consumed_samples, config.get_text_config().vocab_size,
     )  # fmt: skip
     refuse_beyond_budget(recipe, derived, loader.sampler)
+    refuse_other_tokenizer(tokenizer, loader, config.get_text_config().vocab_size, ranks)
     _exclude_corrupt(loader, ranks, say)
     validation = Validation(recipe, environment.rank, derived.data_parallel, config.get_text_config().vocab_size)
     engine = build_engine(

@@ -9,7 +9,9 @@ from typing import Any
 from trainer.checkpoint.agreement import Ranks
 from trainer.checkpoint.export import kept_tokenizer
 from trainer.config.run import Recipe
-from trainer.core.errors import RefusedError
+from trainer.core.errors import DataError, Problem, RefusedError
+from trainer.data.encoder import tokenizer_hash
+from trainer.data.loader import TrainLoader
 from trainer.models.tokenizer import load_tokenizer
 
 
@@ -27,6 +29,24 @@ def load_on_first_rank(recipe: Recipe, ranks: Ranks) -> Any:
     if (problems := ranks.from_first(refused)) is not None:
         raise RefusedError(problems)
     return tokenizer
+
+
+def refuse_other_tokenizer(tokenizer: Any, loader: TrainLoader, vocab_size: int, ranks: Ranks) -> None:
+    """Raise DataError on every rank if the run's tokenizer didn't make the shards, or has ids beyond the model's."""
+    problems: list[Problem] = []
+    if tokenizer is not None:
+        found, ids = tokenizer_hash(tokenizer), max(tokenizer.get_vocab().values()) + 1
+        for source in loader.sources:
+            stated = source.shards.tokenizer_hash
+            if stated is not None and stated != found:
+                rule = f"isn't the tokenizer of {source.shards.path} (hash {found}, the shards say {stated})"
+                fix = "name the tokenizer that made the shards, or tokenize the text again"
+                problems.append(Problem("tokenizer.path", tokenizer.name_or_path, rule, fix))
+        if ids > vocab_size:
+            rule = f"has {ids} ids, the model's embedding {vocab_size} rows"
+            problems.append(Problem("tokenizer.path", tokenizer.name_or_path, rule, "raise the model's vocab_size"))
+    if problems := ranks.from_first(problems):
+        raise DataError(problems, title="data")
 
 
 def keep(tokenizer: Any, recipe: Recipe) -> None:
