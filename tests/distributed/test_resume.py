@@ -223,15 +223,17 @@ def test_another_run_gives_its_weights_and_a_fresh_optimizer(trainer: Trainer) -
 def test_a_bad_token_on_one_rank_is_told_whichever_rank_reads_it(trainer: Trainer) -> None:
     prefix = trainer.directory / "foreign"
     with ShardWriter(prefix, 1000, end_of_document_id=0) as writer:
-        for number in range(80):  # 80 x 64 tokens + 1: every one of 160 samples is read in 20 steps
+        # A million tokens. At the start ids are looked at in 8 places of 65,536, one every 133,494: between them one
+        # document in 4 is bad.
+        for number in range(15625):
             tokens = [1 + (number + 7 * i) % 511 for i in range(63)] + [0]
-            tokens[30] = 777 if number == 61 else tokens[30]  # beyond the model's 512
+            if number % 4 == 0 and 66_000 < number * 64 % 133_494 < 133_000:
+                tokens[30] = 777  # beyond the model's 512
             writer.add(tokens)
-        writer.add([0])
         writer.commit()
     prefix.with_suffix(".json").unlink()  # as Megatron writes them: nothing says beforehand what ids are inside
     told = []
-    for seed in range(4):  # by the order of the seed one rank or the other meets it
+    for seed in range(5):  # by the order of the seed one rank or the other meets it
         recipe = trainer.recipe(f"foreign-{seed}")
         codes = trainer.train(recipe, f"run.seed={seed}", f"data.train.0.path={prefix}")
         told.append(codes.index(2))

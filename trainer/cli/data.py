@@ -53,12 +53,37 @@ Inputs = Annotated[
     typer.Option(
         "--input",
         metavar="PATH...",
-        help="Files (text, .jsonl[.gz|.zst], .parquet), directories or a `datasets` id; several may follow.",
+        help="Files (text and .jsonl, also .gz or .zst; .parquet, .arrow), directories (also of `datasets`) or a "
+        "`datasets` id; several may follow.",
         show_default=False,
     ),
 ]
-TextKey = Annotated[str, typer.Option(help="Key or column that holds the text, in .jsonl, .parquet and `datasets`.")]
-Split = Annotated[str, typer.Option(help="Split of a `datasets` id.")]
+TextKey = Annotated[str, typer.Option(help="Key or column that holds the text of a row.")]
+Split = Annotated[str, typer.Option(help="Split of a `datasets` directory or id.")]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CONDITION",
+        help="Only rows with KEY=VALUE, KEY!=VALUE, KEY>=NUMBER or KEY<=NUMBER; repeat it for several.",
+        show_default=False,
+    ),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Only files of directories with such a name ('*.py').", show_default=False),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="No files or folders with such a name ('test*').", show_default=False),
+]
+MinCharacters = Annotated[
+    int | None, typer.Option(metavar="N", help="Leave out shorter documents.", show_default=False)
+]
+MaxCharacters = Annotated[int | None, typer.Option(metavar="N", help="Leave out longer documents.", show_default=False)]
+Separator = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help=r"Cut text files into documents at this text ('\n%\n').", show_default=False),
+]
 
 
 @app.command("tokenizer", cls=ManyInputs)
@@ -88,7 +113,12 @@ def tokenizer_command(
 @app.command("tokenize", cls=ManyInputs)
 def tokenize_command(
     inputs: Inputs,
-    tokenizer: Annotated[str, typer.Option(metavar="DIR_OR_ID", help="Tokenizer directory or Hugging Face id.")],
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR_OR_ID", help="Tokenizer directory, Hugging Face id, tokenizer.json or SentencePiece .model."
+        ),
+    ],
     output: Annotated[str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, PREFIX.idx and PREFIX.json.")],
     workers: Annotated[int | None, typer.Option(metavar="N", help="Processes; default: one a core.")] = None,
     text_key: TextKey = "text",
@@ -108,13 +138,21 @@ def tokenize_command(
         bool, typer.Option("--parse-special-tokens", help="Special tokens spelled out in the text become their ids.")
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hugging Face id.")] = None,
+    where: Where = None,
+    min_characters: MinCharacters = None,
+    max_characters: MaxCharacters = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    separator: Separator = None,
     shard_size: ShardSize = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn corpora into token shards."""
+    """Turn corpora into token shards. Interrupted or killed, the same command goes on where it was."""
+    from trainer.data.corpus_files import Patterns
+    from trainer.data.corpus_filters import Filters, unescape
     from trainer.data.tokenize import tokenize
 
-    with _progress() as progress:
+    with _progress() as (progress, notice):
         written = tokenize(
             inputs,
             tokenizer,
@@ -129,7 +167,11 @@ def tokenize_command(
             validation_output=validation_output,
             overwrite=overwrite,
             shard_bytes=parse_shard_size(shard_size),
+            filters=Filters.parse(where or (), min_characters, max_characters),
+            patterns=Patterns(tuple(include or ()), tuple(exclude or ())),
+            separator=None if separator is None else unescape(separator),
             progress=progress,
+            notice=notice,
         )
     for result in written:
         report = result.report
@@ -143,10 +185,10 @@ def tokenize_command(
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
+def _progress() -> Iterator[tuple[Callable[[Progress], None], Callable[[str], None]]]:
     """A bar on a terminal, a line every ten seconds elsewhere; on stderr, so that stdout holds results only."""
     if not sys.stderr.isatty():
-        yield _PlainProgress()
+        yield _PlainProgress(), lambda text: print(text, file=sys.stderr, flush=True)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -158,7 +200,7 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
         def show(progress: Progress) -> None:
             bar.update(task, total=progress.total_bytes, completed=progress.bytes_done, facts=_line(progress))
 
-        yield show
+        yield show, lambda text: bar.console.print(text, highlight=False, markup=False)
 
 
 class _PlainProgress:

@@ -67,7 +67,7 @@ class Position:
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> Position:
         """Return what ``to_dict`` came from. Raises KeyError or TypeError."""
-        return Position(**{**raw, "counts": Counts(**raw["counts"])})
+        return Position(raw["source"], raw["row"], raw["bytes_done"], Counts(**raw["counts"]))
 
 
 class Corpus:
@@ -123,6 +123,7 @@ class Corpus:
             skip = 0
             before += source.size
             self.bytes_done = before
+        self._source, self._row = len(self.listing.sources), 0
 
     def require_documents(self) -> None:
         """Raise DataError if the iteration found no text."""

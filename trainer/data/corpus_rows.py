@@ -19,7 +19,7 @@ from trainer.data.corpus_files import Kind, Source, refused
 _BATCH_ROWS = 256
 _BUFFER_BYTES = 1 << 20
 # What ends an Arrow stream; without it a file that was cut between two batches looks complete.
-_END_OF_STREAM = (b"\xff\xff\xff\xff\x00\x00\x00\x00", b"\x00\x00\x00\x00")
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 class NotTextError(Exception):

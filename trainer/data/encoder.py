@@ -58,6 +58,11 @@ class Encoder:
         """``tokenizer_hash`` of this tokenizer."""
         return tokenizer_hash(self._tokenizer)
 
+    @property
+    def serialised_hash(self) -> str:
+        """Hash of everything that decides ids, normalisers and pre-tokenizers too; differs between versions."""
+        return hashlib.blake2b((self.spec.serialised or "").encode(), digest_size=16).hexdigest()
+
     @staticmethod
     def load(path: str, revision: str | None = None, parse_special_tokens: bool = False) -> Encoder:
         """Load a directory or a Hugging Face id. Raises DataError if there is no tokenizer in it."""

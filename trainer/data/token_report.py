@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import zlib
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,14 @@ MIN_KEPT_FRACTION = 0.5
 _EARLY_TOKENS = 100_000
 _MIN_ENTROPY_BITS = 2.0
 _ENTROPY_TOKENS = 10_000
+# Byte-level text has one byte a token; any tokenizer that was trained on such text has two or more.
+_MIN_BYTES_PER_TOKEN = 1.2
+# A text that uses so little of a vocabulary is of another language or kind; small vocabularies are used up quickly.
+_MIN_USED_FRACTION = 0.02
+_USED_TOKENS = 100_000
+
+
+_STATE = ("tokens", "bytes", "unknown", "checked", "failed", "characters", "kept", "example")
 
 
 class TokenReport:
@@ -26,14 +36,15 @@ class TokenReport:
     def __init__(self, tokenizer: str, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._counts = np.zeros(vocab_size, dtype=np.int64)
-        self._bytes = self._unknown = 0
+        self._tokens = self._bytes = self._unknown = 0
         self._checked = self._failed = self._characters = self._kept = 0
         self._example = ""
 
-    def add(self, tokens: NDArray[np.int32], text_bytes: int, unknown: int) -> None:
+    def add(self, tokens: NDArray[np.integer[Any]], text_bytes: int, unknown: int) -> None:
         """Count the tokens of documents and the bytes of their text."""
         if tokens.size:
             self._counts += np.bincount(tokens, minlength=self._counts.size)
+            self._tokens += tokens.size
         self._bytes += text_bytes
         self._unknown += unknown
 
@@ -49,7 +60,7 @@ class TokenReport:
     @property
     def num_tokens(self) -> int:
         """Tokens counted so far, end-of-document ids included."""
-        return int(self._counts.sum())
+        return self._tokens
 
     @property
     def unknown_fraction(self) -> float:
@@ -76,6 +87,23 @@ class TokenReport:
             "used_ids": int((self._counts > 0).sum()),
             "round_trip": {"checked": self._checked, "failed": self._failed, "example": self._example},
         }
+
+    def state(self) -> dict[str, Any]:
+        """Return everything counted so far as JSON values."""
+        packed = base64.b85encode(zlib.compress(self._counts.astype("<i8").tobytes(), 1)).decode()
+        return {"counts": packed, **{name: getattr(self, f"_{name}") for name in _STATE}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what ``state`` returned in another process. Raises KeyError or ValueError."""
+        try:
+            counts = np.frombuffer(zlib.decompress(base64.b85decode(state["counts"])), dtype="<i8")
+        except zlib.error as error:
+            raise ValueError(f"damaged counts: {error}") from None
+        if counts.size != self._counts.size:
+            raise ValueError("counts of another vocabulary")
+        self._counts = counts.astype(np.int64)
+        for name in _STATE:
+            setattr(self, f"_{name}", state[name])
 
     def refuse_broken(self, final: bool) -> None:
         """Raise DataError if the tokenizer loses the text; before the end only once there is enough to judge by."""
@@ -105,6 +133,16 @@ class TokenReport:
         if self.num_tokens >= _ENTROPY_TOKENS and self.entropy_bits < _MIN_ENTROPY_BITS:
             warnings.append(
                 f"the tokens are very uniform ({self.entropy_bits:.2f} bits each): is this the right corpus?"
+            )
+        used = int((self._counts > 0).sum())
+        if self.num_tokens >= _USED_TOKENS and used < _MIN_USED_FRACTION * self._counts.size:
+            warnings.append(
+                f"only {used:,} of {self._counts.size:,} token ids occur: is this tokenizer made for such text?"
+            )
+        per_token = self._bytes / max(1, self.num_tokens)
+        if self.num_tokens >= _ENTROPY_TOKENS and per_token < _MIN_BYTES_PER_TOKEN:
+            warnings.append(
+                f"{per_token:.2f} bytes a token: the tokenizer takes this text apart, so training sees little of it"
             )
         return warnings
 

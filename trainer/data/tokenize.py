@@ -1,42 +1,40 @@
-"""Corpus → token shards, in parallel, with the same bytes for any number of workers.
+"""Corpus → token shards, in parallel, with the same bytes for any number of workers and any number of restarts.
 
 Documents are cut into chunks in one fixed order; worker processes encode chunks; the parent writes the results in
-order. Nothing that depends on time or on the number of workers goes into the files.
+order. Nothing that depends on time or on the number of workers goes into the files. Every few seconds the files are
+synced and a journal says how far they are: the same command goes on from there.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import xxhash
-from numpy.typing import NDArray
-
+from trainer.core import faults
 from trainer.core.errors import DataError, Problem
-from trainer.data.corpus import Corpus
-from trainer.data.encoder import Encoder, EncoderSpec
+from trainer.data.corpus import Corpus, Position
+from trainer.data.corpus_files import Patterns
+from trainer.data.corpus_filters import Filters
+from trainer.data.encoder import Encoder
 from trainer.data.shard_index import ShardPaths
-from trainer.data.shard_set_writer import SetWriter
-from trainer.data.token_report import ROUND_TRIP_CHARACTERS, TokenReport
+from trainer.data.shard_set_writer import publish_set, remove_partials
+from trainer.data.shard_writer import CannotContinueError, tool_version
+from trainer.data.tokenize_journal import Journal, Record, finished_from
+from trainer.data.tokenize_output import Side, Target, add, check_finished, worth_keeping
+from trainer.data.tokenize_workers import Job, Workers, cut
 
 # A chunk ends at whichever comes first; large enough that handing it over costs nothing against encoding it.
-_CHUNK_DOCUMENTS = 256
+_CHUNK_DOCUMENTS = 1024
 _CHUNK_CHARACTERS = 1 << 19
-# Chunks under way for each worker: bounds memory, keeps everyone busy while one chunk is slow.
-_CHUNKS_PER_WORKER = 3
 _PROGRESS_SECONDS = 0.5
+# What a kill costs at most, besides starting again.
+_JOURNAL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -49,18 +47,22 @@ class Progress:
     total_bytes: int | None
     """None if a `datasets` id is read."""
     seconds: float
+    tokens_before: int = 0
+    """Written by earlier starts of the same command; they say nothing about speed."""
+    bytes_before: int = 0
 
     @property
     def tokens_per_second(self) -> float:
         """Mean since the start."""
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+        return (self.tokens - self.tokens_before) / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def remaining_seconds(self) -> float | None:
         """Estimate from the bytes of input that are left; None if unknown."""
-        if not self.total_bytes or not self.bytes_done:
+        done = self.bytes_done - self.bytes_before
+        if not self.total_bytes or done <= 0:
             return None
-        return self.seconds * max(0.0, self.total_bytes / self.bytes_done - 1)
+        return self.seconds * max(0, self.total_bytes - self.bytes_done) / done
 
 
 @dataclass(frozen=True)
@@ -73,29 +75,6 @@ class Tokenized:
     fingerprint: str
     report: dict[str, Any]
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """One chunk, encoded: documents end to end."""
-
-    tokens: NDArray[np.int32]
-    lengths: NDArray[np.int64]
-    text_bytes: NDArray[np.int64]
-    unknown: NDArray[np.int64]
-    to_validation: NDArray[np.bool_]
-    sample: tuple[str, str]
-    """Beginning of the first document, and the same after encoding and decoding."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What a worker needs to know, once."""
-
-    spec: EncoderSpec
-    eos_id: int
-    unk_id: int | None
-    validation_fraction: float
 
 
 def tokenize(
@@ -111,9 +90,13 @@ def tokenize(
     parse_special_tokens: bool = False,
     validation_fraction: float = 0.0,
     validation_output: str | None = None,
-    overwrite: bool = False,
     shard_bytes: int | None = None,
+    filters: Filters | None = None,
+    patterns: Patterns | None = None,
+    separator: str | None = None,
+    overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> list[Tokenized]:
     """Encode every document of ``inputs`` (see ``corpus``) and write token shards; return what was written.
 
@@ -122,182 +105,204 @@ def tokenize(
     changing their order never moves one to the other side. ``workers`` None: one a core. ``shard_bytes``: a set of
     shards of this size instead of one.
 
+    A killed or interrupted call is continued by the next one with the same arguments (other ``workers`` are the same)
+    and inputs; the files are those of an uninterrupted one. ``notice`` is told so, or why it starts over.
+
     Raises DataError, with nothing written, for inputs or a tokenizer that can't be used: no end-of-document token,
     more than 10 % unknown tokens, or text that is lost.
     """
     _check_arguments(output, workers, validation_fraction, validation_output)
-    corpus = Corpus(inputs, text_key=text_key, split=split)
+    corpus = Corpus(inputs, text_key=text_key, split=split, filters=filters, patterns=patterns, separator=separator)
     encoder = Encoder.load(tokenizer_path, revision, parse_special_tokens)
-    job = _Job(encoder.spec, _end_of_document(encoder, end_of_document), encoder.unk_id, validation_fraction)
-    outputs = [output] if validation_output is None else [output, validation_output]
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(
-                SetWriter(
-                    prefix,
-                    encoder.vocab_size,
-                    shard_bytes=shard_bytes,
-                    end_of_document_id=job.eos_id,
-                    tokenizer_name=encoder.name,
-                    tokenizer_hash=encoder.hash,
-                    overwrite=overwrite,
-                )
+    eos_id = _end_of_document(encoder, end_of_document)
+    targets = [Target(prefix, shard_bytes, overwrite) for prefix in (output, validation_output) if prefix is not None]
+    job = Job(encoder.spec, eos_id, encoder.unk_id, encoder.vocab_size, validation_fraction)
+    with closing(Workers(job, workers or _cores())) as pool:
+        # They load the tokenizer meanwhile.
+        tokenizer_hash = encoder.hash
+        options = [text_key, split, separator, asdict(corpus.filters), validation_fraction, _CHUNK_DOCUMENTS]
+        places = [[os.path.abspath(target.prefix), target.shard_bytes] for target in targets]
+        key = {
+            "options": [*options, _CHUNK_CHARACTERS, places, eos_id, encoder.unk_id, parse_special_tokens],
+            "inputs": corpus.listing.facts(),
+            "tokenizer": [tokenizer_hash, encoder.name, encoder.serialised_hash],
+            "software": [tool_version(), version("tokenizers"), version("transformers")],
+        }
+        run = _Run(corpus, Journal(output, key), targets, progress, notice or _silent)
+        return run.run(pool, lambda target, state: Side(target, encoder, tokenizer_hash, eos_id, state))
+
+
+class _Run:
+    """One start of a command: from its journal to the end."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        journal: Journal,
+        targets: Sequence[Target],
+        progress: Callable[[Progress], None] | None,
+        notice: Callable[[str], None],
+    ) -> None:
+        self._corpus, self._journal, self._targets = corpus, journal, targets
+        self._progress, self._notice = progress, notice
+        self._started = time.monotonic()
+        self._before = (0, 0)  # tokens and bytes of earlier starts
+
+    def run(self, pool: Workers, open_side: Callable[[Target, dict[str, Any] | None], Side]) -> list[Tokenized]:
+        """Continue or begin, encode everything, and give the files their names."""
+        record, reason = self._journal.read()
+        if record is not None and record.phase == "publish":
+            self._notice("continuing: every document is written, the files get their names")
+            return self._publish(record)
+        sides = self._continue(record, open_side) if record is not None else None
+        if sides is None:
+            if self._journal.exists():
+                self._notice(f"starting over: {reason or 'the partial files of the interrupted run are damaged'}")
+            sides = self._begin(open_side)
+        try:
+            self._encode(pool, sides)
+            self._corpus.require_documents()
+            check_finished(sides)
+            record = self._finish(sides)
+        except BaseException as error:
+            keep = self._journal.exists() and worth_keeping(error)
+            for side in sides:
+                side.close(keep)
+            if not keep:
+                self._journal.remove()
+            raise
+        written = self._publish(record)
+        for side in sides:
+            side.writer.close()
+        return written
+
+    def _begin(self, open_side: Callable[[Target, dict[str, Any] | None], Side]) -> list[Side]:
+        with ExitStack() as stack:
+            sides: list[Side] = []
+            for target in self._targets:
+                sides.append(open_side(target, None))
+                stack.callback(sides[-1].close, keep=False)
+            stack.pop_all()
+        if self._journal.exists():
+            for target in self._targets:
+                if target.shard_bytes is None:  # the run before may have written a set
+                    remove_partials(target.prefix, kept=set())
+            self._journal.remove()
+        return sides
+
+    def _continue(
+        self, record: Record, open_side: Callable[[Target, dict[str, Any] | None], Side]
+    ) -> list[Side] | None:
+        """Open the outputs where the record left them; None if they aren't there any more."""
+        try:
+            position = Position.from_dict(record.position)
+            with ExitStack() as stack:
+                sides: list[Side] = []
+                for target, state in zip(self._targets, record.sides, strict=True):
+                    sides.append(open_side(target, state))
+                    stack.callback(sides[-1].close, keep=True)
+                stack.pop_all()
+        except (CannotContinueError, KeyError, TypeError, ValueError):
+            return None
+        self._corpus.start_at(position)
+        self._before = (sum(side.writer.num_tokens for side in sides), position.bytes_done)
+        self._notice(f"continuing at document {position.counts.documents + 1:,}")
+        return sides
+
+    def _encode(self, pool: Workers, sides: Sequence[Side]) -> None:
+        told = saved = time.monotonic()
+        shards = self._num_shards(sides)
+        position = self._corpus.position()
+        for encoded, position in pool.encode(cut(self._corpus, _CHUNK_DOCUMENTS, _CHUNK_CHARACTERS)):
+            add(sides, encoded)
+            now = time.monotonic()
+            if now - saved > _JOURNAL_SECONDS or self._num_shards(sides) != shards:
+                saved, shards = now, self._num_shards(sides)
+                self._journal.write(Record("encode", position.to_dict(), [side.state() for side in sides]))
+                faults.reach("tokenize_journal", rank=0, step=shards)
+            if now - told > _PROGRESS_SECONDS:
+                told = now
+                self._tell(sides, position.bytes_done)
+        self._tell(sides, self._corpus.bytes_done)
+
+    def _finish(self, sides: Sequence[Side]) -> Record:
+        """Complete the files and record that only their names are missing."""
+        counts, waiting = self._corpus.counts, list[dict[str, Any]]()
+        facts: dict[str, Any] = {
+            "empty_documents": counts.empty,
+            "repaired_documents": counts.repaired,
+            "skipped_files": counts.skipped_files,
+        }
+        dropped = {name: getattr(counts, name) for name in ("where", "too_short", "too_long", "excluded_files")}
+        if self._corpus.filters.active or counts.excluded_files:
+            facts["dropped"] = dropped
+        # The training side last: it exists only if the other one does.
+        for side in reversed(sides):
+            report = {**side.report.to_dict(), **facts}
+            finished = side.writer.finish(report)
+            warnings = [*side.report.warnings(), *_corpus_warnings(self._corpus)]
+            waiting.append({"finished": asdict(finished), "report": report, "warnings": warnings})
+        record = Record("publish", {}, waiting)
+        self._journal.write(record)
+        return record
+
+    def _publish(self, record: Record) -> list[Tokenized]:
+        results: list[Tokenized] = []
+        for step, side in enumerate(record.sides):
+            finished = finished_from(side["finished"])
+            faults.reach("tokenize_publish", rank=0, step=step)
+            try:
+                publish_set(finished)
+            except OSError as error:
+                problem = Problem(finished.prefix, None, f"can't be written: {error.strerror}", "run the command again")
+                raise DataError(problem, title="tokenize") from error
+            done = finished.written
+            results.insert(
+                0,
+                Tokenized(
+                    finished.prefix,
+                    done.num_documents,
+                    done.num_tokens,
+                    done.fingerprint,
+                    side["report"],
+                    tuple(side["warnings"]),
+                ),
             )
-            for prefix in outputs
-        ]
-        reports = [TokenReport(tokenizer_path, encoder.vocab_size) for _ in outputs]
-        _encode_all(corpus, job, workers or _cores(), writers, reports, progress)
-        corpus.require_documents()
-        return _commit(corpus, writers, reports)
+        faults.reach("tokenize_publish", rank=0, step=len(record.sides))
+        self._journal.remove()
+        return results
 
+    def _tell(self, sides: Sequence[Side], bytes_done: int) -> None:
+        if self._progress is None:
+            return
+        documents = sum(side.writer.num_documents for side in sides)
+        tokens = sum(side.writer.num_tokens for side in sides)
+        seconds = time.monotonic() - self._started
+        self._progress(Progress(documents, tokens, bytes_done, self._corpus.total_bytes, seconds, *self._before))
 
-def _encode_all(
-    corpus: Corpus,
-    job: _Job,
-    workers: int,
-    writers: list[SetWriter],
-    reports: list[TokenReport],
-    progress: Callable[[Progress], None] | None,
-) -> None:
-    start = last = time.monotonic()
-
-    def tell() -> None:
-        if progress is not None:
-            documents, tokens = (sum(getattr(w, name) for w in writers) for name in ("num_documents", "num_tokens"))
-            seconds = time.monotonic() - start
-            progress(Progress(documents, tokens, corpus.bytes_done, corpus.total_bytes, seconds))
-
-    for encoded in _encode(_chunks(corpus), job, workers):
-        owner = np.repeat(encoded.to_validation, encoded.lengths)
-        for side, (writer, report) in enumerate(zip(writers, reports, strict=True)):
-            chosen = encoded.to_validation == bool(side)
-            tokens = encoded.tokens[owner == bool(side)]
-            writer.add_many(tokens, encoded.lengths[chosen])
-            report.add(tokens, int(encoded.text_bytes[chosen].sum()), int(encoded.unknown[chosen].sum()))
-            report.add_sample(*encoded.sample)
-            report.refuse_broken(final=False)
-        if time.monotonic() - last > _PROGRESS_SECONDS:
-            last = time.monotonic()
-            tell()
-    tell()
-
-
-def _commit(corpus: Corpus, writers: list[SetWriter], reports: list[TokenReport]) -> list[Tokenized]:
-    for writer, report in zip(writers, reports, strict=True):
-        if not writer.num_documents:
-            fix = "change --validation-fraction, or use more documents"
-            raise DataError(Problem("output", writer.prefix, "no document fell to this side of the split", fix))
-        report.refuse_broken(final=True)
-    facts = {
-        "empty_documents": corpus.empty_documents,
-        "repaired_documents": corpus.repaired_documents,
-        "skipped_files": len(corpus.skipped_files),
-    }
-    written: list[Tokenized] = []
-    # The training side last: it exists only if the other one does.
-    for writer, report in reversed(list(zip(writers, reports, strict=True))):
-        content = {**report.to_dict(), **facts}
-        sidecar = writer.commit(content)
-        warnings = (*report.warnings(), *_corpus_warnings(corpus))
-        written.insert(
-            0,
-            Tokenized(writer.prefix, sidecar.num_documents, sidecar.num_tokens, sidecar.fingerprint, content, warnings),
-        )
-    return written
+    @staticmethod
+    def _num_shards(sides: Sequence[Side]) -> int:
+        return sum(side.writer.num_shards for side in sides)
 
 
 def _corpus_warnings(corpus: Corpus) -> list[str]:
-    warnings: list[str] = []
-    if corpus.skipped_files:
-        shown = ", ".join(corpus.skipped_files[:3])
-        warnings.append(f"{len(corpus.skipped_files)} files aren't UTF-8 text and were skipped, e.g. {shown}")
-    if corpus.empty_documents:
-        warnings.append(f"{corpus.empty_documents} empty documents were skipped")
-    if corpus.repaired_documents:
-        warnings.append(f"{corpus.repaired_documents} documents held half a surrogate pair: replaced by U+FFFD")
+    counts, warnings = corpus.counts, list[str]()
+    if counts.skipped_files:
+        shown = ", ".join(counts.skipped_examples)
+        warnings.append(f"{counts.skipped_files} files aren't UTF-8 text and were skipped, e.g. {shown}")
+    if counts.empty:
+        warnings.append(f"{counts.empty} empty documents were skipped")
+    if counts.repaired:
+        warnings.append(f"{counts.repaired} documents held half a surrogate pair: replaced by U+FFFD")
+    dropped = {
+        "by --where": counts.where,
+        "shorter than --min-characters": counts.too_short,
+        "longer than --max-characters": counts.too_long,
+        "files by --include and --exclude": counts.excluded_files,
+    }
+    if any(dropped.values()):
+        warnings.append("left out: " + ", ".join(f"{count:,} {why}" for why, count in dropped.items() if count))
     return warnings
-
-
-def _chunks(corpus: Corpus) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    characters = 0
-    for document in corpus:
-        chunk.append(document.text)
-        characters += len(document.text)
-        if len(chunk) >= _CHUNK_DOCUMENTS or characters >= _CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
-
-
-def _encode(chunks: Iterator[list[str]], job: _Job, workers: int) -> Iterator[_Encoded]:
-    """Yield the encoded chunks in the order of the chunks."""
-    if workers == 1:
-        encoder = Encoder.build(job.spec)
-        for chunk in chunks:
-            yield _encode_chunk(encoder, job, chunk)
-        return
-    # forkserver: fork would copy a process whose threads (tokenizers, arrow) may hold locks.
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,)) as pool:
-        pending: deque[Future[_Encoded]] = deque()
-        try:
-            for chunk in chunks:
-                pending.append(pool.submit(_encode_in_worker, chunk))
-                if len(pending) >= workers * _CHUNKS_PER_WORKER:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            fix = "was it killed for its memory? use fewer --workers"
-            raise DataError(Problem("workers", workers, "a worker process died", fix), title="tokenize") from None
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-_worker: tuple[Encoder, _Job] | None = None
-
-
-def _start_worker(job: _Job) -> None:
-    global _worker
-    # One thread each: the processes are the parallelism that was asked for.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops the workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker = (Encoder.build(job.spec), job)
-
-
-def _exit_with_parent() -> None:
-    """End this worker when its parent is killed: it holds both ends of its queue and would wait for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _encode_in_worker(texts: list[str]) -> _Encoded:
-    assert _worker is not None
-    return _encode_chunk(*_worker, texts)
-
-
-def _encode_chunk(encoder: Encoder, job: _Job, texts: list[str]) -> _Encoded:
-    documents = [np.array([*ids, job.eos_id], dtype=np.int32) for ids in encoder.encode_batch(texts)]
-    raw = [text.encode() for text in texts]
-    # The hash is a number below 2^64 drawn once for each text: below the fraction goes to validation.
-    limit = int(job.validation_fraction * 2**64)
-    beginning = texts[0][:ROUND_TRIP_CHARACTERS]
-    return _Encoded(
-        tokens=np.concatenate(documents),
-        lengths=np.array([len(ids) for ids in documents], dtype=np.int64),
-        text_bytes=np.array([len(text) for text in raw], dtype=np.int64),
-        unknown=np.array(
-            [0 if job.unk_id is None else int((ids[:-1] == job.unk_id).sum()) for ids in documents], dtype=np.int64
-        ),
-        to_validation=np.array([xxhash.xxh3_64_intdigest(text) < limit for text in raw], dtype=np.bool_),
-        sample=(beginning, encoder.decode(encoder.encode_batch([beginning])[0])),
-    )
 
 
 def _end_of_document(encoder: Encoder, token: str | None) -> int:
@@ -334,3 +339,7 @@ def _same_output(one: str, other: str) -> bool:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
+
+
+def _silent(_: str) -> None:
+    pass

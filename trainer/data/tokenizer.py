@@ -93,7 +93,7 @@ def _train_bpe(corpus: Corpus, vocab_size: int) -> tuple[dict[str, bytes], int]:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((document.text for document in corpus), trainer)
+    tokenizer.train_from_iterator(iter(corpus), trainer)
     corpus.require_documents()
     return _files(tokenizer, unknown=None), tokenizer.get_vocab_size(with_added_tokens=True)
 
@@ -142,7 +142,7 @@ def _train_sentencepiece(corpus: Corpus, vocab_size: int) -> tuple[dict[str, byt
 def _sentences(corpus: Corpus) -> Iterator[str]:
     """Yield lines, the long ones in pieces: SentencePiece drops what is longer than its limit."""
     for document in corpus:
-        for line in document.text.splitlines():
+        for line in document.splitlines():
             limit = _SENTENCEPIECE_SENTENCE_BYTES // 4  # a character has at most 4 bytes
             for start in range(0, len(line), limit):
                 yield line[start : start + limit]
