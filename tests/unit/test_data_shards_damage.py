@@ -60,7 +60,7 @@ REFUSED_AT_OPENING: dict[str, tuple[Callable[[Path], object], str]] = {
     "magic": (lambda p: patch(idx(p), 0, b"X"), "wrong magic"),
     "legacy": (lambda p: patch(idx(p), 0, b"TNTIDX\0\0"), "legacy Megatron"),
     "version": (lambda p: patch(idx(p), 9, int64(2)), "unknown version"),
-    "big-endian version": (lambda p: patch(idx(p), 9, (1).to_bytes(8, "big")), "unknown version"),
+    "big-endian version": (lambda p: patch(idx(p), 9, (1).to_bytes(8, "big")), "big-endian"),
     "float64": (lambda p: patch(idx(p), 17, b"\x06"), "floating-point"),
     "float32": (lambda p: patch(idx(p), 17, b"\x07"), "floating-point"),
     "unknown dtype": (lambda p: patch(idx(p), 17, b"\x09"), "unknown token dtype"),

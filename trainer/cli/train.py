@@ -73,12 +73,14 @@ def finished_step(directory: Path, total_steps: int) -> int | None:
 
 
 def note_silent_end(directory: Path, code: int, started_unix: float) -> None:
-    """Say in status.json how a run ended whose rank 0 could not (SIGKILL, crash)."""
+    """Say in status.json how a run ended whose rank 0 could not (SIGKILL, crash, the error of another rank)."""
     from trainer.core.errors import EXIT_OK, EXIT_REFUSED, EXIT_REQUEUE
     from trainer.core.status_file import read_status, write_status
 
     fields = read_status(directory) or {}
-    silent = fields.get("state") == "running" or fields.get("updated_unix", 0) < started_unix
-    if code not in (EXIT_OK, EXIT_REFUSED, EXIT_REQUEUE) and silent and directory.is_dir():
+    running, ours = fields.get("state") == "running", fields.get("updated_unix", 0) >= started_unix
+    # A start that is refused writes nothing: then the status is that of the run before.
+    silent = running and ours if code == EXIT_REFUSED else running or not ours
+    if code not in (EXIT_OK, EXIT_REQUEUE) and silent and directory.is_dir():
         reason = f"the ranks ended with exit code {code} without a word; see {directory}/logs"
         write_status(directory, {**fields, "state": "failed", "exit_code": code, "reason": reason})

@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trainer.core.errors import DataError, Problem
 from trainer.core.hub import hub_answers
+from trainer.data.sentencepiece_model import SentencePieceModel
 
 # Classes for which transformers uses tokenizer.json as it is. Others rebuild parts of it (LlamaTokenizer always
 # brings its own pre-tokenizer), and beside a config.json the model type may overrule the class (qwen2 does): there
@@ -26,7 +27,7 @@ class EncoderSpec:
     path: str
     revision: str | None
     serialised: str | None
-    """tokenizer.json as text; None for tokenizers written in Python, which transformers must load again."""
+    """tokenizer.json as text; None for SentencePiece models and tokenizers written in Python, to be loaded again."""
     parse_special_tokens: bool
 
 
@@ -61,12 +62,20 @@ class Encoder:
     @property
     def serialised_hash(self) -> str:
         """Hash of everything that decides ids, normalisers and pre-tokenizers too; differs between versions."""
-        return hashlib.blake2b((self.spec.serialised or "").encode(), digest_size=16).hexdigest()
+        content = (self.spec.serialised or "").encode()
+        if not content and os.path.isfile(self.spec.path):
+            content = Path(self.spec.path).read_bytes()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     @staticmethod
     def load(path: str, revision: str | None = None, parse_special_tokens: bool = False) -> Encoder:
-        """Load a directory or a Hugging Face id. Raises DataError if there is no tokenizer in it."""
+        """Load a directory, a Hugging Face id, a tokenizer.json or a SentencePiece model.
+
+        Raises DataError if there is no tokenizer in it.
+        """
         directory = Path(path)
+        if directory.is_file():
+            return _from_file(EncoderSpec(path, revision, None, parse_special_tokens))
         config = _read_config(directory / "tokenizer_config.json")
         file = directory / "tokenizer.json"
         plain = config.get("tokenizer_class") in _PLAIN_CLASSES and "auto_map" not in config
@@ -89,6 +98,8 @@ class Encoder:
         """Build the encoder of another process again; roles of special tokens are left out."""
         if spec.serialised is not None:
             return Encoder(_from_text(spec.serialised), spec, None, None)
+        if os.path.isfile(spec.path):
+            return Encoder(SentencePieceModel(spec.path), spec, None, None)
         return Encoder(_from_transformers(spec.path, spec.revision), spec, None, None)
 
     def id_of(self, token: str) -> int | None:
@@ -122,6 +133,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
     if isinstance(tokenizer, (str, os.PathLike)):
         return Encoder.load(os.fspath(tokenizer)).hash
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if isinstance(tokenizer, SentencePieceModel):
+        return _hash(tokenizer.get_vocab(), [], [])
     if hasattr(backend, "to_str"):
         raw = json.loads(backend.to_str())
         added = [[token["id"], token["content"], token["special"]] for token in raw["added_tokens"]]
@@ -151,6 +164,25 @@ def _merges(model: dict[str, Any]) -> list[list[str]]:
     return [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model.get("merges") or []]
 
 
+def _from_file(spec: EncoderSpec) -> Encoder:
+    if not spec.path.endswith(".json"):
+        if spec.parse_special_tokens:
+            rule = "can't be used with a SentencePiece model: it reads no control symbols from text"
+            raise _refused("parse-special-tokens", rule, "leave it out, or give a directory of the tokenizer")
+        model = SentencePieceModel(spec.path)
+        return Encoder(model, spec, model.eos_token, model.unk_token)
+    try:
+        serialised = Path(spec.path).read_text(encoding="utf-8")
+        tokenizer = _from_text(serialised)
+    except Exception as error:  # noqa: BLE001 (tokenizers raises plain Exception for a damaged file)
+        raise _refused(spec.path, f"isn't a tokenizer that loads: {error}") from None
+    # The file says which tokens are special, not which one ends a document; the directory around it may.
+    config = _read_config(Path(spec.path).with_name("tokenizer_config.json"))
+    return Encoder(
+        tokenizer, replace(spec, serialised=serialised), _token(config, "eos_token"), _token(config, "unk_token")
+    )
+
+
 def _from_text(serialised: str) -> Any:
     from tokenizers import Tokenizer
 
@@ -162,8 +194,8 @@ def _from_transformers(path: str, revision: str | None) -> Any:
     if directory.is_dir() and not any(directory.iterdir()):
         raise _refused(path, "is an empty directory, expected a tokenizer")
     parent_exists = len(directory.parts) > 1 and directory.parent.exists()
-    if not directory.is_dir() and (directory.is_file() or directory.is_absolute() or parent_exists):
-        raise _refused(path, "isn't a directory", "give the directory that `trainer data tokenizer` wrote")
+    if not directory.is_dir() and (directory.is_absolute() or parent_exists):
+        raise _refused(path, "doesn't exist", "give the directory that `trainer data tokenizer` wrote")
     # Without an answer only the cache can have it.
     cached = not directory.is_dir() and not hub_answers(path, "model")
     from transformers import AutoTokenizer

@@ -125,6 +125,10 @@ def parse_header(path: Path, head: bytes, file_size: int) -> IndexHeader:
     if len(head) < HEADER.size:
         raise refuse(f"{file_size} bytes", f"is cut off: the header alone has {HEADER.size} bytes", "copy it again")
     _, version, code, num_sequences, num_document_entries = HEADER.unpack(head[: HEADER.size])
+    if version == VERSION << 56:
+        raise refuse(
+            "big-endian", "is written in big-endian numbers, expected little-endian", "tokenize the text again"
+        )
     if version != VERSION:
         raise refuse(version, f"has an unknown version, expected {VERSION}")
     if code in FLOAT_CODES:

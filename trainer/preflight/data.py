@@ -37,7 +37,7 @@ def _one_step(facts: Facts) -> Iterator[Problem]:
     if data.packing != "documents" or any(shard.num_tokens is None for shard in train):
         return  # how many samples other packings give is known once the documents are read
     available = sum(max(0, (shard.num_tokens or 0) - 1) // data.sequence_length for shard in train)
-    if available < wanted:
+    if 0 < available < wanted:  # none at all is what `_samples` says
         rule = f"data.train has only {available} samples, so that one step would repeat them"
         yield Problem("batch.global_size", wanted, rule, "lower it or data.sequence_length, or use more text")
 
@@ -92,6 +92,17 @@ def _duplicate_sources(facts: Facts) -> Iterator[Problem]:
             yield Problem("data.train", path, f"is given {count} times", "give it once, with its whole weight")
 
 
+def _same_files(facts: Facts) -> Iterator[Problem]:
+    """A link or another spelling gives a source twice the weight it seems to have."""
+    known: dict[tuple[int, int], str] = {}
+    for path, shard in {shard.path: shard for key, shard in facts.shards if key.startswith("data.train.")}.items():
+        first = next((known[file] for file in shard.files if file in known), None)
+        if first is not None and Path(first) != Path(path):
+            rule = f"reads a file that {first} reads too"
+            yield Problem("data.train", path, rule, "give each file once, with its whole weight")
+        known |= dict.fromkeys(shard.files, path)
+
+
 def _duplicate_names(facts: Facts) -> Iterator[Problem]:
     names = [source.name for source in facts.recipe.data.validation]
     for name, count in Counter(names).items():
@@ -140,6 +151,13 @@ def _same_source_twice(tmp: Path) -> dict[str, Any]:
     return {"data.train": [{"path": prefix}, {"path": prefix}]}
 
 
+def _same_file_twice(tmp: Path) -> dict[str, Any]:
+    prefix = write_tiny_shard(tmp / "a")
+    for suffix in (".bin", ".idx"):
+        (tmp / "b").with_suffix(suffix).symlink_to(f"a{suffix}")
+    return {"data.train": [{"path": prefix}, {"path": str(tmp / "b")}]}
+
+
 def _same_name_twice(tmp: Path) -> dict[str, Any]:
     prefix = write_tiny_shard(tmp / "a")
     return {"data.validation": [{"name": "v", "path": prefix}, {"name": "v", "path": prefix}]}
@@ -180,5 +198,6 @@ RULES = (
     ),
     Rule("one tokenizer", _tokenizers, Failing(prepare=_two_tokenizers)),
     Rule("sources differ", _duplicate_sources, Failing(prepare=_same_source_twice)),
+    Rule("files of sources differ", _same_files, Failing(prepare=_same_file_twice)),
     Rule("validation names differ", _duplicate_names, Failing(prepare=_same_name_twice)),
 )

@@ -96,7 +96,8 @@ def _report(error: BaseException, environment: RankEnvironment, directory: RunDi
     traceback.print_exception(error)
     code = error.exit_code if isinstance(error, TrainerError) else EXIT_FAILURE
     text = str(error) if isinstance(error, TrainerError) else f"{type(error).__name__}: {error}"
-    if directory is not None and not isinstance(error, RefusedError):
+    # A start that is refused leaves the status of the run it would have continued.
+    if directory is not None and (directory.started or not isinstance(error, RefusedError)):
         directory.status(state="failed", exit_code=code, reason=text)
     rank = f"rank {environment.rank}: " if environment.world_size > 1 and not isinstance(error, TrainerError) else ""
     # A lost connection is the echo of another rank's end.

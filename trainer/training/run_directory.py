@@ -41,6 +41,11 @@ class RunDirectory:
             "environment.json": json.dumps(_environment(world_size), indent=2, sort_keys=True) + "\n",
         }
 
+    @property
+    def started(self) -> bool:
+        """Whether this start has said anything in status.json."""
+        return self._facts is None
+
     def status(self, **changes: Any) -> None:
         """Change fields of status.json; the first call also writes down what this start runs.
 
