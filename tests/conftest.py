@@ -1,0 +1,15 @@
+"""Signals as a terminal has them: a shell's background jobs and nohup start with some ignored, and children inherit it."""
+
+from __future__ import annotations
+
+import signal
+
+
+def pytest_configure() -> None:
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+        (signal.SIGTERM, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
