@@ -1,4 +1,4 @@
-"""Signals as a terminal has them: a shell's background jobs and nohup start with some ignored, and children inherit it."""
+"""Signals as a terminal has them: jobs of a script and nohup start with some ignored, and children inherit that."""
 
 from __future__ import annotations
 
