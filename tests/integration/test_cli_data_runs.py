@@ -56,6 +56,20 @@ def test_every_step_of_a_mixed_masked_packed_run_is_in_the_ledger(world: Path) -
     assert line["target_tokens"] < 4 * 8 * 32, "padding and first tokens of documents are no targets"
 
 
+def test_the_ledger_follows_a_changed_batch_and_looks_ahead(world: Path) -> None:
+    assert trainer("train", recipe(world, "grow"), cwd=world).returncode == 0
+    thinned = {"log_every_steps": 3}
+    more = recipe(world, "grow", run={"steps": 7}, batch={"global_size": 16}, telemetry=thinned)
+    assert trainer("train", more, cwd=world).returncode == 0
+    logged = {line["step"]: line for line in steps(world, "grow")}
+    assert 5 not in logged, "a step between two logged ones"
+    for step, first in ((4, 24), (5, 32), (6, 48), (7, 64), (9, 96)):
+        found = trainer("data", "which", "grow", "--step", str(step), "--json", cwd=world)
+        assert json.loads(found.stdout)["samples"][0]["sample"] == first
+        assert step not in logged or json.loads(found.stdout)["batch_hash"] == logged[step]["batch_hash"]
+        assert ("the run ends at step 7" in found.stderr) == (step == 9)
+
+
 def test_a_resume_with_other_data_is_refused_and_may_be_accepted(world: Path) -> None:
     checkpoint = {"every_steps": 2}
     assert trainer("train", recipe(world, "run", checkpoint=checkpoint), cwd=world).returncode == 0

@@ -1,4 +1,4 @@
-"""`trainer train`, `export`, `generate`, `evaluate` and `status` as a user runs them: real DeepSpeed, two gloo ranks.
+"""`trainer train`, `export`, `generate` and `evaluate` as a user runs them: real DeepSpeed, two gloo ranks.
 
 Written from the contract of commands, files and exit codes. Runs are expensive (seconds of imports), so the tests
 share them: each fixture is one run or one small story, each test looks at one promise of it.
@@ -7,86 +7,41 @@ share them: each fixture is one run or one small story, each test looks at one p
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import tiny
 import yaml
+from story import (
+    MORE_STEPS,
+    NOISE,
+    STEPS,
+    TIMEOUT,
+    Story,
+    curve,
+    damage,
+    evaluations,
+    run_together,
+    train,
+    write_world,
+)
 
-STEPS = 20
-MORE_STEPS = 30
 NAME = "läuf eins (ü)"
 """A run directory with spaces, brackets and letters outside ASCII."""
 FIELDS = {
     "step", "loss", "grad_norm", "learning_rate", "tokens", "samples", "target_tokens", "step_seconds",
     "tokens_per_second", "model_flops_utilization", "data_wait_seconds", "skipped", "time_unix",
 }  # fmt: skip
-NOISE = re.compile(r"warning|deepspeed\]|\[INFO\]|\[W\d|\[rank\d|Traceback|gloo|deprecat|huggingface", re.IGNORECASE)
-LONG = ["run.steps=100000", "checkpoint.every_steps=null", "evaluation.every_steps=null"]
 CHANGES = ["run.seed=1", "model.config.hidden_size=64", "data.train.0.path=data/other"]
 """What a run may not change when it continues."""
-TIMEOUT = 150
-"""Seconds for one command: a run takes about 7 on a quiet machine."""
-
-
-@dataclass(frozen=True)
-class Story:
-    """What a command did: how it ended and the run directory it left."""
-
-    done: subprocess.CompletedProcess[str]
-    directory: Path
-
-    @property
-    def status(self) -> dict[str, Any]:
-        return json.loads((self.directory / "status.json").read_text())
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        return read_metrics(self.directory)
-
-
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of metrics.jsonl; a run that is going on may have written half of its last one."""
-    path = directory / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def curve(directory: Path) -> list[tuple[int, float, float]]:
-    """Return (step, loss, gradient norm) of every training line."""
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(directory) if "kind" not in line]
-
-
-def evaluations(directory: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["validation_loss"]) for line in read_metrics(directory) if "kind" in line]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tiny.write_world(tmp_path_factory.mktemp("train"))
-    tiny.write_recipe(path, run={"steps": STEPS}, checkpoint={"every_steps": 5}, evaluation={"every_steps": 10})
-    tiny.write_shards(path / "data" / "other", tokens=20 * tiny.TOKENS_PER_STEP + 1, seed=2)
-    tiny.write_tokenizer(path / "tokenizer")
-    return path
-
-
-def train(folder: Path, name: str, *overrides: str, prefix: list[str] | None = None) -> Story:
-    """Run ``trainer train tiny.yaml`` in ``folder`` into ``runs/NAME``."""
-    directory = folder / "runs" / name
-    arguments = ["train", "tiny.yaml", f"run.directory='runs/{name}'", *overrides]
-    argv = [*prefix, *arguments] if prefix else tiny.command(*arguments)
-    return Story(tiny.run(argv, folder, timeout=TIMEOUT), directory)
+    return write_world(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
@@ -115,20 +70,6 @@ def copy(folder: Path, finished: Story) -> Iterator[Callable[[str], Path]]:
     yield make
     for directory in made:
         shutil.rmtree(directory)
-
-
-def run_together(folder: Path, *commands: list[str]) -> list[subprocess.CompletedProcess[str]]:
-    """Run commands at the same time: one process alone leaves a core idle."""
-    with ThreadPoolExecutor(len(commands)) as pool:
-        return list(pool.map(lambda argv: tiny.run(argv, folder, timeout=TIMEOUT), commands))
-
-
-def damage(checkpoint: Path) -> None:
-    """Flip one byte in the middle of a shard."""
-    shard = sorted(checkpoint.glob("*.safetensors"))[-1]
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    shard.write_bytes(content)
 
 
 class TestFinished:
@@ -316,143 +257,6 @@ class TestTorchrun:
         own = [line for line in by_torchrun.done.stderr.splitlines() if "torch/distributed/run.py" not in line]
         assert not [line for line in own if NOISE.search(line)]
         assert by_torchrun.done.stdout.count(f"step {MORE_STEPS}/{MORE_STEPS} loss") == 1
-
-
-class Started:
-    """A launcher in the background and its ranks."""
-
-    def __init__(self, folder: Path, name: str, *overrides: str) -> None:
-        self.directory = folder / "runs" / name
-        self.output = folder / f"{name}.out"
-        argv = tiny.command("train", "tiny.yaml", f"run.directory=runs/{name}", *overrides)
-        with self.output.open("w") as file:
-            self.process = subprocess.Popen(
-                argv,
-                cwd=folder,
-                env=tiny.environment(),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-            )
-
-    def wait_for_step(self, step: int) -> list[psutil.Process]:
-        """Wait until ``step`` is in metrics.jsonl; return the processes below the launcher."""
-        deadline = time.monotonic() + TIMEOUT
-        while not any(line["step"] >= step for line in read_metrics(self.directory)):
-            assert self.process.poll() is None, self.output.read_text()
-            assert time.monotonic() < deadline, self.output.read_text()
-            time.sleep(0.005)
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def end(self, signum: signal.Signals) -> int:
-        self.process.send_signal(signum)
-        return self.process.wait(timeout=TIMEOUT)
-
-
-@pytest.fixture(scope="module")
-def start(folder: Path) -> Iterator[Callable[..., Started]]:
-    """Start runs in the background; kill what a failed test has left."""
-    started: list[Started] = []
-
-    def make(*arguments: str) -> Started:
-        started.append(Started(folder, *arguments))
-        return started[-1]
-
-    yield make
-    for run in started:
-        if run.process.poll() is None:
-            ranks = psutil.Process(run.process.pid).children(recursive=True)
-            run.process.kill()
-            run.process.wait(timeout=10)
-            psutil.wait_procs(ranks, timeout=10)
-
-
-@pytest.fixture(scope="module")
-def stopped(start: Callable[..., Started]) -> Started:
-    run = start("stopped", f"run.steps={MORE_STEPS}", "checkpoint.every_steps=null")
-    run.wait_for_step(3)
-    run.end(signal.SIGTERM)
-    return run
-
-
-@pytest.fixture(scope="module")
-def facts(stopped: Started) -> dict[str, Any]:
-    """status.json as the stop left it."""
-    return json.loads((stopped.directory / "status.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def continued(folder: Path, stopped: Started, facts: dict[str, Any]) -> Story:
-    return train(folder, "stopped", f"run.steps={MORE_STEPS}", "checkpoint.every_steps=null")
-
-
-class TestStopped:
-    """SIGTERM to the launcher in the middle of a run, then the same command again."""
-
-    def test_exit_code_and_status(self, stopped: Started, facts: dict[str, Any]) -> None:
-        assert stopped.process.returncode == 75, stopped.output.read_text()
-        assert (facts["state"], facts["exit_code"]) == ("stopped", 75)
-        assert 3 <= facts["step"] < MORE_STEPS, "the run was too fast to be stopped"
-        assert facts["last_checkpoint_step"] == facts["step"]
-        assert facts["reason"]
-
-    def test_console_says_what_to_do(self, stopped: Started) -> None:
-        said = stopped.output.read_text()
-        assert "SIGTERM" in said
-        assert "Traceback" not in said
-        assert not NOISE.search(said)
-
-    def test_continued_equals_undisturbed(self, continued: Story, by_torchrun: Story) -> None:
-        assert continued.done.returncode == 0, continued.done.stderr
-        assert curve(continued.directory) == curve(by_torchrun.directory)
-        # A stop may come between two evaluations; none is lost, none is made twice.
-        assert evaluations(continued.directory) == evaluations(by_torchrun.directory)
-        assert continued.status["state"] == "finished"
-        assert continued.status["resumed_step"] >= 3
-
-
-@pytest.fixture(scope="module")
-def running(start: Callable[..., Started]) -> tuple[Started, list[psutil.Process]]:
-    run = start("long", *LONG)
-    return run, run.wait_for_step(2)
-
-
-class TestRunning:
-    """A long run: a second start on its directory, then SIGKILL of its launcher."""
-
-    def test_second_start_is_refused(self, running, folder: Path) -> None:
-        second = train(folder, "long", *LONG)
-        assert second.done.returncode == 2, second.done
-        assert re.search(r"runs/long.*pid \d+", second.done.stderr)
-        assert "Traceback" not in second.done.stderr
-
-    def test_second_start_does_not_disturb_the_first(self, running) -> None:
-        first, _ = running
-        assert json.loads((first.directory / "status.json").read_text())["state"] == "running"
-        assert [path.name for path in (first.directory / "attempts").iterdir()] == ["0001"]
-        last = read_metrics(first.directory)[-1]["step"]
-        deadline = time.monotonic() + 20
-        while read_metrics(first.directory)[-1]["step"] <= last:
-            assert time.monotonic() < deadline, "the first run no longer moves"
-            time.sleep(0.05)
-        steps = [line["step"] for line in read_metrics(first.directory) if "kind" not in line]
-        assert steps == list(range(1, len(steps) + 1))
-
-    def test_sigkill_of_the_launcher_leaves_no_rank(self, running) -> None:
-        run, ranks = running
-        assert len(ranks) >= 2
-        run.process.kill()
-        run.process.wait(timeout=10)
-        _, alive = psutil.wait_procs(ranks, timeout=3)
-        assert not alive
-
-    def test_status_after_the_kill_is_not_running(self, running, folder: Path) -> None:
-        run, _ = running
-        assert run.process.poll() is not None
-        done = tiny.run(tiny.command("status", run.directory), folder)
-        assert done.returncode == 0
-        state = next(line for line in done.stdout.splitlines() if line.startswith("state"))
-        assert not re.fullmatch(r"state\s+running(, .*)?", state), f"nothing runs any more: {state}"
 
 
 REFERENCE = """

@@ -23,10 +23,13 @@ def which(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List the documents that a step read: source, shard, document, place. Computed, not recorded."""
+    from trainer.config.derive import total_steps
     from trainer.data.ledger import Ledger
 
     recipe = _recipe(run)
     first, count = _samples(run, recipe, step)
+    if step > (last := total_steps(recipe)):
+        typer.echo(f"note: the run ends at step {last}; this is what step {step} would read", err=True)
     ledger = Ledger(recipe.data, recipe.run.seed)
     decode = _decoder(recipe) if text else None
     digest = ledger.batch_hash(first, count)
@@ -69,19 +72,22 @@ def _samples(run: Path, recipe: Recipe, step: int) -> tuple[int, int]:
 
     What the run has logged counts first: its global batch may have changed at a restart.
     """
-    ends = _logged_samples(run / "metrics.jsonl")
-    end, before = ends.get(step), ends.get(step - 1, 0 if step == 1 else None)
-    if end is not None and before is not None:
-        return before, end - before
-    return (step - 1) * recipe.batch.global_size, recipe.batch.global_size
+    logged = _logged_samples(run / "metrics.jsonl")
+    before = max((known for known in logged if known < step), default=0)
+    after = min((known for known in logged if known >= step), default=None)
+    size = recipe.batch.global_size
+    if after is not None:
+        size = (logged[after] - logged[before]) // (after - before)
+    return logged[before] + (step - 1 - before) * size, size
 
 
 def _logged_samples(path: Path) -> dict[int, int]:
+    """Return the samples read by the end of each logged step, and of none."""
+    ends = {0: 0}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:
-        return {}
-    ends: dict[int, int] = {}
+        return ends
     for line in lines:
         try:
             value = json.loads(line)

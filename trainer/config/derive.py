@@ -44,14 +44,20 @@ def derive(recipe: Recipe, world_size: int) -> Derived:
         raise RecipeError(problems)
     data_parallel = world_size // _model_parallel(recipe)
     tokens_per_step = recipe.batch.global_size * recipe.data.sequence_length
-    steps = recipe.run.steps
     return Derived(
         world_size=world_size,
         data_parallel=data_parallel,
         accumulation=recipe.batch.global_size // (recipe.batch.micro_size * data_parallel),
-        total_steps=steps if steps is not None else math.ceil((recipe.run.tokens or 0) / tokens_per_step),
+        total_steps=total_steps(recipe),
         tokens_per_step=tokens_per_step,
     )
+
+
+def total_steps(recipe: Recipe) -> int:
+    """Return the optimizer steps of the whole run."""
+    if recipe.run.steps is not None:
+        return recipe.run.steps
+    return math.ceil((recipe.run.tokens or 0) / (recipe.batch.global_size * recipe.data.sequence_length))
 
 
 def derive_problems(recipe: Recipe, world_size: int) -> list[Problem]:

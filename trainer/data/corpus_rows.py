@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Columns:
     """Keys that filters look at; a row may lack them."""
 
 
-class Reader:
+class Reader(ABC):
     """The rows of one source. ``bytes_done``: bytes of the file behind the rows so far."""
 
     plain = False
@@ -45,12 +46,12 @@ class Reader:
         self.source, self.columns = source, columns
         self.bytes_done = 0
 
+    @abstractmethod
     def rows(self, skip: int) -> Iterator[Any]:
         """Yield the rows from number ``skip`` on; None where there is nothing, such as an empty line.
 
         Raises DataError for what can't be read, OSError and EOFError for what can't be read from disk.
         """
-        raise NotImplementedError
 
     def place(self, row: int) -> str:
         """Return what to call row ``row``, counted from 0."""
