@@ -48,7 +48,6 @@ class BestFit:
     def __init__(self, source: Documents, sequence_length: int) -> None:
         self._source, self._length = source, sequence_length
         counts = [np.zeros(1, dtype=np.int64)]
-        self._packed_tokens = 0
         per_round = WINDOW * _PLANNED_AT_ONCE
         for first in range(0, source.num_documents, per_round):
             lengths = source.document_lengths(first, min(per_round, source.num_documents - first))
@@ -56,14 +55,8 @@ class BestFit:
             padded[: lengths.size] = lengths
             full, rest = self._split(padded.reshape(-1, WINDOW))
             counts.append(full.sum(axis=1) + pack(rest, sequence_length + 1)[1])
-            self._packed_tokens += int(rest.sum() + full.sum() * (sequence_length + 1))
         self._firsts = np.cumsum(np.concatenate(counts))  # first sample of each window, and the total
         self.num_samples = int(self._firsts[-1])
-
-    @property
-    def fill_fraction(self) -> float:
-        """Share of the token places of all samples that hold a token, not padding."""
-        return self._packed_tokens / max(1, self.num_samples * (self._length + 1))
 
     def segments(self, samples: Ints) -> Segments:
         """See Packing."""

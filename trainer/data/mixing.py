@@ -57,10 +57,6 @@ class Mixture:
             before.append(before[i] + self._counts(i, length))
         self._before = np.stack(before)
 
-    def shares(self, stage: int = 0) -> tuple[float, ...]:
-        """Return the share of samples each source gets in a stage."""
-        return tuple((np.diff(self._bounds[stage]) / CIRCLE).tolist())
-
     def slots(self, stage: int) -> tuple[int, ...]:
         """Return each source's slots of the circle in a stage; they add up to 2^32."""
         return tuple(np.diff(self._bounds[stage]).tolist())

@@ -42,11 +42,6 @@ class Sampler:
         self._mixture = Mixture(_stages(data, self.samples_per_epoch))
 
     @property
-    def proportions(self) -> tuple[float, ...]:
-        """The share of samples each source gets before the first change of weights."""
-        return self._mixture.shares()
-
-    @property
     def budget(self) -> int | None:
         """Samples that the budgets of the sources add up to; None if they have weights."""
         budgets = _budgets(self._data, self.samples_per_epoch)
