@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import distributed, nn
 
 from trainer.config.optimizer import OptimizerConfig
-from trainer.data.batches import DIGEST_BITS, MicroBatch
-from trainer.engine.base import Accept, StateReader, StateSlice, StepPreview, StepResult
+from trainer.data.batches import MicroBatch
+from trainer.engine.base import Accept, StateReader, StateSlice, StepResult
+from trainer.engine.gate import Gate, step_result
 from trainer.engine.inputs import model_inputs
 from trainer.engine.optimizers import MasterState, initialise_state, set_optimizer_steps
 from trainer.engine.state_replicated import ReplicatedState, persistent_buffers, replicated_tensors
 from trainer.engine.state_zero3 import Zero3State
 from trainer.engine.state_zero12 import FlatPartitionState
+from trainer.engine.totals import StepTotals
 from trainer.models.loss import LossSpec
 
 
@@ -52,7 +52,7 @@ class ZeroEngine:
             # DeepSpeed computes this norm only when it clips, and then throws it away.
             self._clip_norm = clip_norm
             engine.clip_fp32_gradients = self._clip_and_keep_norm
-        self._gate = _Gate(self._base)
+        self._gate = Gate(self._base)
 
     @property
     def device(self) -> torch.device:
@@ -77,41 +77,21 @@ class ZeroEngine:
         self._network.train()
         for group in self._base.param_groups:
             group["lr"] = learning_rate
-        targets = [batch.targets.to(self._device, non_blocking=True) for batch in batches]
-        sources = [self._sources_of(batch) for batch in batches]
-        counted = torch.zeros(self._num_sources, dtype=torch.int64, device=self._device)
-        for source, target in zip(sources, targets, strict=True):
-            counted.index_add_(0, source, (target >= 0).sum(dim=1))
-        others = [int(stop_requested), sum(b.num_corrupt for b in batches), sum(b.digest for b in batches)]
-        totals = torch.cat([counted, torch.tensor(others, device=self._device)])
-        distributed.all_reduce(totals)  # global target tokens, known before the first forward
+        totals = StepTotals(batches, self._num_sources, stop_requested, self._device)
         # DeepSpeed averages gradients over ranks: undo that, then divide by the global count.
-        scale = self._world_size / totals[: self._num_sources].sum().clamp(min=1).float()
-        loss_sums = torch.zeros(self._num_sources, dtype=torch.float64, device=self._device)
+        scale = self._world_size / totals.target_tokens
         boundary = started
-        for index, (batch, source, target) in enumerate(zip(batches, sources, targets, strict=True)):
-            losses = self._forward(batch, target)
-            loss_sums.index_add_(0, source, losses.detach().double())
+        for index, batch in enumerate(batches):
+            losses = self._forward(batch, totals.targets[index])
+            totals.add_losses(index, losses)
             self._engine.backward(losses.sum() * scale, scale_wrt_gas=False)
             if index + 1 == len(batches):
-                distributed.all_reduce(loss_sums)
+                totals.reduce_losses()
                 boundary = time.perf_counter()
-                self._gate.arm(partial(self._read, loss_sums, totals), accept)
+                self._gate.arm(lambda: totals.read(self._grad_norm()), accept)
             self._engine.step()
         reading, applied = self._gate.verdict(overflow=getattr(self._engine.optimizer, "overflow", False))
-        return StepResult(
-            loss=reading.preview.loss,
-            grad_norm=reading.preview.grad_norm,
-            target_tokens=sum(reading.source_targets),
-            applied=applied,
-            forward_backward_seconds=boundary - started,
-            optimizer_seconds=time.perf_counter() - boundary,
-            source_losses=reading.source_losses,
-            source_targets=reading.source_targets,
-            stop_requests=reading.stop_requests,
-            corrupt_samples=reading.corrupt_samples,
-            batch_digest=reading.batch_digest,
-        )
+        return step_result(reading, applied, boundary - started, time.perf_counter() - boundary)
 
     @torch.no_grad()
     def evaluate_batch(self, batch: MicroBatch) -> tuple[float, int]:
@@ -151,11 +131,6 @@ class ZeroEngine:
         logits = self._engine(**inputs, use_cache=False).logits
         return self._loss.function(logits.view(*targets.shape, -1), targets)
 
-    def _sources_of(self, batch: MicroBatch) -> torch.Tensor:
-        if batch.sources is None:
-            return torch.zeros(len(batch.targets), dtype=torch.int64, device=self._device)
-        return batch.sources.to(self._device, non_blocking=True)
-
     def _state_access(self, masters: MasterState) -> ReplicatedState | FlatPartitionState | Zero3State:
         optimizer = self._engine.optimizer
         if self._stage == 3:
@@ -168,8 +143,7 @@ class ZeroEngine:
         trained = [p for p in self._network.parameters() if p.grad is not None]
         self._plain_norm = nn.utils.clip_grad_norm_(trained, self._clip_norm, foreach=False)
 
-    def _read(self, loss_sums: torch.Tensor, totals: torch.Tensor) -> _Reading:
-        """Read loss, gradient norm and counts at once: the one device-to-host read of a step."""
+    def _grad_norm(self) -> torch.Tensor | float:
         norm = getattr(self._engine.optimizer, "_global_grad_norm", None)
         if norm is None:
             norm = self._plain_norm
@@ -177,64 +151,4 @@ class ZeroEngine:
             grads = [p.grad for p in self._network.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm(grads)
         self._plain_norm = None
-        norm = torch.as_tensor(norm, dtype=torch.float64, device=self._device).reshape(1)
-        # A float64 holds every count and a digest of 48 bits exactly.
-        totals[-1] %= 1 << DIGEST_BITS
-        first, *values = torch.cat([norm, loss_sums, totals.double()]).tolist()
-        losses = tuple(values[: self._num_sources])
-        *counted, stops, corrupt, digest = (int(value) for value in values[self._num_sources :])
-        mean = sum(losses) / max(1, sum(counted))
-        return _Reading(StepPreview(mean, first), losses, tuple(counted), stops, corrupt, digest)
-
-
-@dataclass(frozen=True)
-class _Reading:
-    preview: StepPreview
-    source_losses: tuple[float, ...]
-    source_targets: tuple[int, ...]
-    stop_requests: int
-    corrupt_samples: int
-    batch_digest: int
-
-
-class _Gate:
-    """The veto: asked once a step, when the first piece of the optimizer is about to be stepped.
-
-    DeepSpeed steps its optimizer group by group; a refused step hides the gradients from torch's optimizer, which then
-    leaves parameters, moments and step count alone. They are put back afterwards: with offload they are kept buffers.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._hidden: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._reading: _Reading | None = None
-        self._applied = True
-        optimizer.register_step_pre_hook(self._before)
-        optimizer.register_step_post_hook(self._after)
-
-    def arm(self, read: Callable[[], _Reading], accept: Accept) -> None:
-        """Prepare for the coming ``engine.step()``."""
-        self._read, self._accept, self._reading = read, accept, None
-
-    def verdict(self, overflow: bool) -> tuple[_Reading, bool]:
-        """Return what was read and whether the step was applied. Upstream refuses inf and nan by itself."""
-        return self._ask(), self._applied and not overflow
-
-    def _ask(self) -> _Reading:
-        if self._reading is None:
-            self._reading = self._read()
-            self._applied = self._accept(self._reading.preview)
-        return self._reading
-
-    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._ask()
-        if not self._applied:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._hidden.append((parameter, parameter.grad))
-                        parameter.grad = None
-
-    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for parameter, gradient in self._hidden:
-            parameter.grad = gradient
-        self._hidden.clear()
+        return norm

@@ -1,0 +1,270 @@
+"""Pipeline stages out of any Hugging Face causal LM, by leaving modules out and running the model's own forward pass.
+
+A stage is the whole model with the parameters of the other stages removed. Its forward pass is the model's own: it
+derives masks, rotary tables and whatever else from the micro-batch, as the whole model would. Only the row of blocks is
+different: blocks before the stage do nothing, the first block of the stage is given the hidden states that arrived,
+and the first block behind the stage ends the pass. So sliding windows, layer types, ALiBi, several rotary tables or
+soft-capped logits need no code here, and every parameter keeps its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainer.core.errors import Problem, RecipeError
+
+# Modules that run behind the blocks although they are defined before them; by model type.
+_BEHIND_THE_BLOCKS: dict[str, tuple[str, ...]] = {
+    "opt": ("model.decoder.project_out", "model.decoder.final_layer_norm")
+}
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the parts of a model are: dotted paths of modules."""
+
+    blocks: str
+    """The ModuleList of transformer blocks."""
+    num_blocks: int
+    front: tuple[str, ...]
+    """Modules with parameters that run before the blocks."""
+    back: tuple[str, ...]
+    """Modules with parameters that run behind them, the head included."""
+    tied: Mapping[str, str]
+    """Parameters of the back that are parameters of the front: {name at the back: name at the front}."""
+
+
+def anatomy_of(network: PreTrainedModel) -> Anatomy:
+    """Find the parts of a model; parameters may be on the meta device. Raises RecipeError if it can't be split."""
+    config = network.config.get_text_config()
+    kind = str(config.model_type)
+    if getattr(network.config, "is_encoder_decoder", False):
+        raise _refused(kind, "has an encoder beside its decoder")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise _refused(kind, "shares keys and values between layers, which no stage boundary may cut")
+    path = _find_blocks(network, config)
+    blocks = cast("nn.ModuleList", network.get_submodule(path))
+    front, back = _around(network, path)
+    moved = [name for name in _BEHIND_THE_BLOCKS.get(kind, ()) if name in front]
+    front, back = [name for name in front if name not in moved], [*moved, *back]
+    return Anatomy(path, len(blocks), tuple(front), tuple(back), _ties(network, kind, path, front, back))
+
+
+class Stage(nn.Module):
+    """Blocks ``first`` .. ``last`` - 1 of a model, with embeddings in front of the first and the head behind the last.
+
+    ``network`` is pruned in place, if that has not been done already: parameters of other stages are gone, names and
+    everything else are as before.
+    """
+
+    def __init__(self, network: PreTrainedModel, anatomy: Anatomy, first: int, last: int) -> None:
+        super().__init__()
+        prune(network, anatomy, first, last)
+        self.network = network
+        self.is_first, self.is_last = first == 0, last == anatomy.num_blocks
+        self._route = _Route()
+        blocks = cast("nn.ModuleList", network.get_submodule(anatomy.blocks))
+        for number, block in enumerate(blocks):
+            if number < first:
+                _become(block, _Before, self._route)
+            elif number >= last:
+                _become(block, _Behind, self._route)
+        if not self.is_first:
+            _become(blocks[first], _Entry, self._route)
+
+    def forward(self, inputs: Mapping[str, Any], received: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the hidden states [batch, sequence, hidden] for the next stage, or the logits.
+
+        ``inputs`` are the arguments of the model's forward pass, the same in every stage; ``received`` is what the
+        stage before returned.
+        """
+        arguments = dict(inputs)
+        if received is not None:
+            # Embeddings are not here: masks take batch, length and dtype from what arrived.
+            del arguments["input_ids"]
+            arguments["inputs_embeds"] = received
+        self._route.received, self._route.entered = received, False
+        try:
+            return self._run(arguments)
+        except (TypeError, ValueError, IndexError, AttributeError):
+            if received is None or self._route.entered or self._route.as_tuple:
+                raise
+            self._route.as_tuple = True  # the blocks of this family return tuples
+            return self._run(arguments)
+        finally:
+            self._route.received = None
+
+    def _run(self, arguments: dict[str, Any]) -> torch.Tensor:
+        try:
+            return self.network(**arguments, use_cache=False).logits
+        except _LeftStageError as end:
+            return end.hidden_states
+
+
+def prune(network: PreTrainedModel, anatomy: Anatomy, first: int, last: int) -> None:
+    """Remove every parameter that blocks ``first`` .. ``last`` - 1 and what belongs to them don't need."""
+    for name in foreign_modules(anatomy, first, last):
+        vacate(network.get_submodule(name))
+
+
+def foreign_modules(anatomy: Anatomy, first: int, last: int) -> list[str]:
+    """Return the modules that belong to other stages."""
+    numbers = [*range(first), *range(last, anatomy.num_blocks)]
+    names = [f"{anatomy.blocks}.{number}" for number in numbers]
+    return names + list(anatomy.front if first else ()) + list(anatomy.back if last < anatomy.num_blocks else ())
+
+
+def vacate(module: nn.Module) -> None:
+    """Leave the shell of a module: its class and plain attributes, which the model may ask for."""
+    hollow = _Hollow(getattr(module, "embedding_dim", None), getattr(module, "out_features", None))
+    for table in (module._modules, module._parameters, module._buffers):
+        table.clear()
+    module.__dict__["forward"] = hollow
+
+
+class _Hollow:
+    """Forward pass of a vacated module in front of the blocks: something of the right shape, which nobody reads."""
+
+    def __init__(self, embedding_dim: int | None, out_features: int | None) -> None:
+        self._embedding_dim, self._out_features = embedding_dim, out_features
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        value = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        if self._embedding_dim is not None:
+            return torch.zeros((), device=value.device).expand(*value.shape, self._embedding_dim)
+        if self._out_features is not None:
+            return value.new_zeros(()).expand(*value.shape[:-1], self._out_features)
+        return value
+
+
+class _LeftStageError(Exception):
+    """The forward pass has left the stage; caught by ``Stage``."""
+
+    def __init__(self, hidden_states: torch.Tensor) -> None:
+        self.hidden_states = hidden_states
+
+
+class _Route:
+    """What the blocks of one stage know of the pass under way."""
+
+    def __init__(self) -> None:
+        self.received: torch.Tensor | None = None
+        self.entered = False
+        self.as_tuple = False
+        """Whether blocks return (hidden states, ...), found out in the first pass."""
+
+
+class _Before:
+    """A block of an earlier stage."""
+
+    _stage_route: _Route
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        received = self._stage_route.received
+        return (received, None) if self._stage_route.as_tuple else received
+
+
+class _Behind:
+    """A block of a later stage."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise _LeftStageError(args[0] if args else kwargs["hidden_states"])
+
+
+class _Entry:
+    """The first block of a stage. Outside of activation checkpointing, which keeps what it is called with."""
+
+    _stage_route: _Route
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._stage_route.entered = True
+        received = self._stage_route.received
+        if args:
+            args = (received, *args[1:])
+        else:
+            kwargs["hidden_states"] = received
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+def _become(block: nn.Module, role: type, route: _Route) -> None:
+    """Give a block the ``__call__`` of its role; isinstance, name and attributes stay."""
+    kind = type(block)
+    block.__class__ = type(kind.__name__, (role, kind), {"__module__": kind.__module__})
+    block.__dict__["_stage_route"] = route
+
+
+def _find_blocks(network: PreTrainedModel, config: Any) -> str:
+    """Return the path of the blocks: from the pipeline plan transformers publishes, else the largest fitting list."""
+    base = network.base_model
+    prefix = next((name for name, module in network.named_modules() if module is base), "")
+    plan: Mapping[str, Any] = getattr(base, "_pp_plan", None) or getattr(config, "base_model_pp_plan", None) or {}
+    for name in plan:
+        if isinstance(getattr(base, name, None), nn.ModuleList):
+            return f"{prefix}.{name}" if prefix else name
+    depth = getattr(config, "num_hidden_layers", None)
+    fitting = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in network.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    }
+    if not fitting:
+        raise _refused(str(config.model_type), f"has no list of its {depth} blocks")
+    return max(fitting, key=lambda name: (fitting[name], -len(name)))
+
+
+def _around(network: nn.Module, path: str) -> tuple[list[str], list[str]]:
+    """Return the modules with parameters that are defined before and behind the blocks, at every level above them."""
+    front, back = list[str](), list[str]()
+    above, module = "", network
+    for part in path.split("."):
+        side = front
+        for name, child in module.named_children():
+            if name == part:
+                side = back
+            elif next(child.parameters(), None) is not None:
+                side.append(f"{above}{name}")
+        above, module = f"{above}{part}.", module.get_submodule(part)
+    return front, back
+
+
+def _ties(network: nn.Module, kind: str, path: str, front: Sequence[str], back: Sequence[str]) -> dict[str, str]:
+    """Return the parameters that front and back share. Raises RecipeError for any other sharing between parts."""
+    places: dict[int, list[tuple[str, str]]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append((_part_of(name, path, front, back), name))
+    ties: dict[str, str] = {}
+    for found in places.values():
+        parts = {part for part, _ in found}
+        if None in parts or "" in parts:
+            raise _refused(kind, f"has a parameter outside of its modules: {found[0][1]}")
+        if len(parts) == 1:
+            continue
+        sides = {"front" if part in front else "back" if part in back else "block" for part in parts}
+        if sides != {"front", "back"} or len(found) != 2:
+            names = ", ".join(name for _, name in found[:3])
+            raise _refused(kind, f"shares parameters between blocks: {names}")
+        (_, at_front), (_, at_back) = sorted(found, key=lambda item: item[0] in back)
+        ties[at_back] = at_front
+    return ties
+
+
+def _part_of(name: str, path: str, front: Sequence[str], back: Sequence[str]) -> str:
+    if name.startswith(f"{path}."):
+        return f"{path}.{name[len(path) + 1 :].split('.', 1)[0]}"
+    return next((part for part in (*front, *back) if name.startswith(f"{part}.")), "")
+
+
+def stage_parameters(stage: Stage, anatomy: Anatomy) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a stage under their names in the whole model: a tied one is called as at the front."""
+    for name, parameter in stage.network.named_parameters():
+        yield anatomy.tied.get(name, name), parameter
+
+
+def _refused(kind: str, rule: str) -> RecipeError:
+    return RecipeError(Problem("parallel.pipeline", None, f"{kind} {rule}: it can't be cut into stages", "set it to 1"))
