@@ -90,6 +90,15 @@ class TrainEngine(Protocol):
         """Parameters of the whole model, tied ones counted once."""
         ...
 
+    @property
+    def division(self) -> list[str]:
+        """How the model is divided into pipeline stages, one line a stage; empty if it is not."""
+        ...
+
+    def logical_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every parameter and persistent buffer of the whole model, by Hugging Face name."""
+        ...
+
     def train_batch(
         self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, stop_requested: bool
     ) -> StepResult:

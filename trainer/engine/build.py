@@ -6,15 +6,17 @@ import datetime
 from typing import Any
 
 import deepspeed
-import torch
-from torch import distributed, nn
+from torch import distributed
 from transformers import PretrainedConfig
 
 from trainer.config.run import Recipe
 from trainer.core.environ import RankEnvironment
+from trainer.engine.build_pipeline import build_staged_engine
+from trainer.engine.network import prepare_network, training_device
 from trainer.engine.optimizers import build_optimizer
+from trainer.engine.pipeline import StagedEngine
 from trainer.engine.upstream import lazy_muon, no_shared_memory_build
-from trainer.engine.upstream.stage0_bfloat16 import Stage0Bfloat16Engine
+from trainer.engine.upstream.stage0_bfloat16 import stage0_bfloat16_engine
 from trainer.engine.upstream.zero3_sharding import Zero3Sharding
 from trainer.engine.zero import ZeroEngine
 from trainer.models.build import build_model
@@ -40,14 +42,6 @@ def leave_group() -> None:
         distributed.destroy_process_group()
 
 
-def training_device(local_rank: int) -> torch.device:
-    """Return this rank's device."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
-
-
 def build_engine(
     recipe: Recipe,
     config: PretrainedConfig,
@@ -56,37 +50,25 @@ def build_engine(
     environment: RankEnvironment,
     *,
     from_scratch: bool = False,
-) -> ZeroEngine:
+) -> ZeroEngine | StagedEngine:
     """Return the engine of this rank. ``from_scratch`` skips pretrained weights (a checkpoint will replace them)."""
+    model = recipe.model.model_copy(update={"path": None}) if from_scratch else recipe.model
+    if recipe.parallel.pipeline > 1:
+        return build_staged_engine(recipe, model, config, deepspeed_json, loss, environment)
     stage = deepspeed_json["zero_optimization"]["stage"]
     device = training_device(environment.local_rank)
     network = build_model(
-        recipe.model.model_copy(update={"path": None}) if from_scratch else recipe.model,
+        model,
         config,
         seed=recipe.run.seed,
         device=device,
         rank=environment.rank,
         sharding=Zero3Sharding(deepspeed_json) if stage == 3 else None,
     )
-    if recipe.memory.activation_checkpointing == "full":
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = build_optimizer(recipe.optimizer, network, device)
+    prepare_network(network, recipe)
+    optimizer = build_optimizer(recipe.optimizer, network.named_parameters(), device)
     if stage == 0 and deepspeed_json.get("bf16", {}).get("enabled"):
-        engine = _stage0_bfloat16(network, optimizer, deepspeed_json)
+        engine = stage0_bfloat16_engine(network, optimizer, deepspeed_json)
     else:
         engine = deepspeed.initialize(model=network, optimizer=optimizer, config=deepspeed_json)[0]
     return ZeroEngine(engine, loss, recipe.optimizer, stage, recipe.optimizer.clip_norm, len(recipe.data.train))
-
-
-def _stage0_bfloat16(
-    network: nn.Module, optimizer: torch.optim.Optimizer, deepspeed_json: dict[str, Any]
-) -> Stage0Bfloat16Engine:
-    parsed = deepspeed.DeepSpeedConfig(deepspeed_json, None)
-    return Stage0Bfloat16Engine(
-        args=None,
-        model=network,
-        optimizer=optimizer,
-        config=deepspeed_json,
-        config_class=parsed,
-        dist_init_required=False,
-    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -9,21 +11,25 @@ from trainer.config.optimizer import OptimizerConfig
 from trainer.optim.groups import decayed
 from trainer.optim.table import TABLE
 
+NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
-def build_optimizer(config: OptimizerConfig, network: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+
+def build_optimizer(
+    config: OptimizerConfig, parameters: NamedParameters, device: torch.device
+) -> torch.optim.Optimizer:
     """Return the optimizer over trainable parameters in two groups, decayed and not."""
     spec = TABLE[config.name]
     settings = spec.hyperparameters(config)
-    groups = parameter_groups(network, settings.pop("weight_decay"))
+    groups = parameter_groups(parameters, settings.pop("weight_decay"))
     # torch's fused step exists on both; elsewhere its default
     fused = True if device.type in ("cpu", "cuda") else None
     return getattr(torch.optim, spec.torch_class)(groups, weight_decay=0.0, fused=fused, **settings)
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(named: NamedParameters, weight_decay: float) -> list[dict]:
     """Split trainable parameters by whether they are decayed; empty groups are left out."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in network.named_parameters():
+    for name, parameter in named:
         if parameter.requires_grad:
             # ZeRO-3 leaves an empty tensor behind; the true shape is kept beside it.
             ndim = len(getattr(parameter, "ds_shape", parameter.shape))

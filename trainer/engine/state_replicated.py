@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from trainer.engine.base import StateSlice
 from trainer.engine.optimizers import MasterState
+
+NamedTensor = tuple[str, torch.Tensor]
+Owns = Callable[[str], bool]
+"""Whether this rank's pipeline stage is the one that writes a tensor: tied copies lie on two of them."""
+
+
+def owns_all(name: str) -> bool:
+    """Every tensor is this stage's: there is no other."""
+    return True
 
 
 def writers(sizes: Iterable[tuple[str, int]], world_size: int) -> dict[str, int]:
@@ -30,21 +39,31 @@ def persistent_buffers(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]
                 yield (f"{prefix}.{name}" if prefix else name), buffer
 
 
-def replicated_tensors(tensors: list[tuple[str, torch.Tensor]], rank: int, world_size: int) -> Iterator[StateSlice]:
-    """Yield whole tensors as ``weight`` slices; one rank of all writes each."""
+def replicated_tensors(
+    tensors: Sequence[NamedTensor], rank: int, world_size: int, owns: Owns = owns_all
+) -> Iterator[StateSlice]:
+    """Yield whole tensors as ``weight`` slices; of the ranks that hold them all, one writes each."""
     chosen = writers(((name, tensor.numel()) for name, tensor in tensors), world_size)
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        yield StateSlice(name, "weight", tuple(tensor.shape), 0, flat, primary=chosen[name] == rank)
+        yield StateSlice(name, "weight", tuple(tensor.shape), 0, flat, primary=chosen[name] == rank and owns(name))
 
 
 class ReplicatedState:
     """Stage 0 in float32: the parameters are the masters and torch's optimizer holds the rest."""
 
-    def __init__(self, network: nn.Module, masters: MasterState, rank: int, world_size: int) -> None:
-        self._parameters = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    def __init__(
+        self,
+        parameters: Sequence[tuple[str, nn.Parameter]],
+        masters: MasterState,
+        rank: int,
+        world_size: int,
+        owns: Owns = owns_all,
+    ) -> None:
+        self._parameters = [(name, p) for name, p in parameters if p.requires_grad]
         self._masters = masters
         self._rank = rank
+        self._owns = owns
         self._writers = writers(((name, p.numel()) for name, p in self._parameters), world_size)
 
     def flat_masters(self) -> list[torch.Tensor]:
@@ -54,7 +73,7 @@ class ReplicatedState:
     def slices(self) -> Iterator[StateSlice]:
         """Yield weights and optimizer state."""
         for name, parameter in self._parameters:
-            primary = self._writers[name] == self._rank
+            primary = self._writers[name] == self._rank and self._owns(name)
             shape = tuple(parameter.shape)
             for key, tensor in self._masters.of(parameter).items():
                 yield StateSlice(name, key, shape, 0, tensor.view(-1), primary)

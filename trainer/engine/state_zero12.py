@@ -6,7 +6,7 @@ the flattened parameter. The optimizer's moments are cut at the same place of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from trainer.engine.base import StateSlice
 from trainer.engine.optimizers import MasterState
-from trainer.engine.state_replicated import writers
+from trainer.engine.state_replicated import Owns, owns_all, writers
 
 
 class FlatPartitionState:
@@ -22,18 +22,20 @@ class FlatPartitionState:
 
     def __init__(
         self,
-        network: nn.Module,
+        parameters: Sequence[tuple[str, nn.Parameter]],
         zero_optimizer: Any,
         masters: MasterState,
         replicated: bool,
         rank: int,
         world_size: int,
+        owns: Owns = owns_all,
     ) -> None:
         # Any: DeepSpeed hangs _hp_mapping on them.
-        self._parameters: list[tuple[str, Any]] = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+        self._parameters: list[tuple[str, Any]] = [(n, p) for n, p in parameters if p.requires_grad]
         self._zero = zero_optimizer
         self._masters = masters
         self._rank = rank
+        self._owns = owns
         # Unpartitioned (stage 0): every rank has all of it, so one of them is chosen to write.
         self._writers = writers(((name, p.numel()) for name, p in self._parameters), world_size) if replicated else None
 
@@ -49,7 +51,7 @@ class FlatPartitionState:
             mapping = parameter._hp_mapping
             if mapping is None:  # lies wholly in other ranks' partitions
                 continue
-            primary = self._writers is None or self._writers[name] == self._rank
+            primary = self._owns(name) and (self._writers is None or self._writers[name] == self._rank)
             shape = tuple(parameter.shape)
             start = mapping.lp_fragment_address.start
             address = mapping.hp_fragment_address

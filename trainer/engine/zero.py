@@ -16,7 +16,8 @@ from trainer.data.batches import MicroBatch
 from trainer.engine.base import Accept, StateReader, StateSlice, StepResult
 from trainer.engine.gate import Gate, step_result
 from trainer.engine.inputs import model_inputs
-from trainer.engine.optimizers import MasterState, initialise_state, set_optimizer_steps
+from trainer.engine.optimizers import MasterState, initialise_state
+from trainer.engine.state import load_slices
 from trainer.engine.state_replicated import ReplicatedState, persistent_buffers, replicated_tensors
 from trainer.engine.state_zero3 import Zero3State
 from trainer.engine.state_zero12 import FlatPartitionState
@@ -69,6 +70,11 @@ class ZeroEngine:
         """Parameters of the whole model, tied ones counted once."""
         return sum(getattr(p, "ds_numel", p.numel()) for p in self._network.parameters())
 
+    @property
+    def division(self) -> list[str]:
+        """Nothing: every rank runs the whole model."""
+        return []
+
     def train_batch(
         self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, stop_requested: bool
     ) -> StepResult:
@@ -110,13 +116,7 @@ class ZeroEngine:
 
     def load_state(self, reader: StateReader, optimizer_steps: int | None) -> None:
         """Fill every slice. ``optimizer_steps`` None: weights only, the optimizer starts afresh."""
-        for piece in self.iterate_state():
-            if optimizer_steps is None and piece.key != "weight":
-                continue
-            values = reader.read(piece.name, piece.key, piece.start, piece.tensor.numel())
-            piece.tensor.copy_(values)
-        if optimizer_steps is not None:
-            set_optimizer_steps(self._base, optimizer_steps)
+        load_slices(self.iterate_state(), reader, self._base, optimizer_steps)
         with torch.no_grad():
             self._state.refresh()
 
@@ -135,9 +135,10 @@ class ZeroEngine:
         optimizer = self._engine.optimizer
         if self._stage == 3:
             return Zero3State(self._network, optimizer, masters)
+        parameters = list(self._network.named_parameters())
         if optimizer is self._base:
-            return ReplicatedState(self._network, masters, self._rank, self._world_size)
-        return FlatPartitionState(self._network, optimizer, masters, self._stage == 0, self._rank, self._world_size)
+            return ReplicatedState(parameters, masters, self._rank, self._world_size)
+        return FlatPartitionState(parameters, optimizer, masters, self._stage == 0, self._rank, self._world_size)
 
     def _clip_and_keep_norm(self) -> None:
         trained = [p for p in self._network.parameters() if p.grad is not None]

@@ -9,7 +9,8 @@ sharded at once. Upstream, ``from_config`` under ``deepspeed.zero.Init`` loses t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, cast
 
 import torch
@@ -20,7 +21,9 @@ from transformers import initialization as hf_initialization
 
 from trainer.config.model import ModelConfig
 from trainer.core.errors import Problem, RecipeError
-from trainer.core.hub import unreachable
+from trainer.models.load import loading_options
+from trainer.models.load_part import load_part
+from trainer.models.stages import StagePart, vacate
 
 
 class Sharding(Protocol):
@@ -47,48 +50,42 @@ def build_model(
     device: torch.device,
     rank: int = 0,
     sharding: Sharding | None = None,
+    part: StagePart | None = None,
 ) -> PreTrainedModel:
     """Return the model in ``model.dtype`` on ``device``: initialised from ``seed``, or loaded from ``model.path``.
 
     With ``sharding`` no rank holds a full copy; of a pretrained model only rank 0 does, while it hands it out.
-    Raises RecipeError when transformers can't build or load it.
+    With ``part`` only the parameters of that pipeline stage are kept, or read. Raises RecipeError when transformers
+    can't build or load it.
     """
     torch.manual_seed(seed)
     try:
         if model.path is None:
-            network = _skeleton(model, config)
-            _fill(network, device, getattr(torch, model.dtype), _Initialiser(network, sharding), sharding)
+            network = skeleton(model, config)
+            _fill(network, device, getattr(torch, model.dtype), _Initialiser(network, sharding), sharding, part)
+        elif part is not None:
+            network = cast("Any", load_part(model, config, part)).to(device)
         elif sharding is None:
             # cast: transformers wraps .to() in a decorator that hides that it is a method
             network = cast("Any", _load(model, config)).to(device)
         else:
             source = _load(model, config) if rank == 0 else None
-            network = _skeleton(model, config)
+            network = skeleton(model, config)
             _fill(network, device, getattr(torch, model.dtype), _Copier(network, source), sharding)
     except (ValueError, OSError, ImportError) as error:
         key = "model.config" if model.path is None else "model.path"
         raise RecipeError(
             Problem(key, model.path, f"transformers can't build this model ({error})", "check model.*")
         ) from error
-    _freeze(network, model.freeze)
+    freeze(part.parameters(network) if part else network.named_parameters(), model.freeze)
     return network
 
 
 def _load(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
-    assert model.path is not None
-    return AutoModelForCausalLM.from_pretrained(
-        model.path,
-        config=config,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        attn_implementation=model.attention,
-        local_files_only=unreachable(model.path or ""),
-        dtype=getattr(torch, model.dtype),
-        use_safetensors=True,  # pickled weights run code on load
-    )
+    return AutoModelForCausalLM.from_pretrained(model.path or "", config=config, **loading_options(model))
 
 
-def _skeleton(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
+def skeleton(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
     """Build the module tree with parameters on the meta device and real buffers, tied as the config says."""
     with hf_initialization.no_init_weights(), init_empty_weights(include_buffers=False):
         network = AutoModelForCausalLM.from_config(
@@ -137,10 +134,17 @@ def _fill(
     dtype: torch.dtype,
     fill: _Initialiser | _Copier,
     sharding: Sharding | None,
+    part: StagePart | None = None,
 ) -> None:
-    """Allocate, fill, cast and shard module by module, children first (the order of transformers' own pass)."""
+    """Allocate, fill, cast and shard module by module, children first (the order of transformers' own pass).
+
+    A rank that keeps only a ``part`` fills everything else too, and lets it go at once: so the generator is where it
+    would be in the whole model.
+    """
     made: dict[int, nn.Parameter] = {}  # id of a meta parameter -> its real one, so that tied weights stay tied
     kept: list[nn.Parameter] = []  # keeps meta parameters alive: ids of the dead are given out again
+    foreign = set(part.foreign_modules()) if part else set[str]()
+    shared = {id(parameter) for _, parameter in part.tied_copies(network)} if part else set[int]()
 
     def allocate(module: nn.Module) -> list[nn.Parameter]:
         fresh: list[nn.Parameter] = []
@@ -167,6 +171,11 @@ def _fill(
                 parameter.data = parameter.data.to(dtype)
             if sharding is not None:
                 sharding.shard(parameter)
+        if prefix in foreign:
+            gone = {id(parameter) for parameter in module.parameters()}
+            for key in [key for key, real in made.items() if id(real) in gone and key not in shared]:
+                del made[key]
+            vacate(module)
 
     with torch.no_grad(), hf_initialization.guard_torch_init_functions(), _late_touches(sharding):
         visit(network, network, "")
@@ -197,11 +206,11 @@ def _late_touches(sharding: Sharding | None) -> Iterator[None]:
         table.update(originals)
 
 
-def _freeze(network: nn.Module, patterns: tuple[str, ...]) -> None:
-    import re
-
-    for name, parameter in network.named_parameters():
+def freeze(parameters: Iterable[tuple[str, nn.Parameter]], patterns: tuple[str, ...]) -> None:
+    """Freeze what a pattern matches the name of. Raises RecipeError if nothing is left to train."""
+    named = list(parameters)
+    for name, parameter in named:
         if any(re.search(pattern, name) for pattern in patterns):
             parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in network.parameters()):
+    if not any(parameter.requires_grad for _, parameter in named):
         raise RecipeError(Problem("model.freeze", list(patterns), "every parameter is frozen", "freeze fewer"))

@@ -1,11 +1,13 @@
-"""Load a model for use outside training."""
+"""Load pretrained weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM
 
+from trainer.config.model import ModelConfig
 from trainer.core.errors import Problem, RefusedError
 from trainer.core.hub import unreachable
 
@@ -23,3 +25,15 @@ def load_model(path: str, key: str) -> Any:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         fix = "give what `trainer export` wrote, or a Hugging Face id"
         raise RefusedError(Problem(key, path, f"can't be loaded as a model ({reason})", fix)) from error
+
+
+def loading_options(model: ModelConfig) -> dict[str, Any]:
+    """Return the keyword arguments of ``from_pretrained`` for training."""
+    return {
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+        "attn_implementation": model.attention,
+        "local_files_only": unreachable(model.path or ""),
+        "dtype": getattr(torch, model.dtype),
+        "use_safetensors": True,  # pickled weights run code on load
+    }

@@ -9,7 +9,7 @@ soft-capped logits need no code here, and every parameter keeps its name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,6 +38,7 @@ class Anatomy:
     """Modules with parameters that run behind them, the head included."""
     tied: Mapping[str, str]
     """Parameters of the back that are parameters of the front: {name at the back: name at the front}."""
+    model_class: type[PreTrainedModel]
 
 
 def anatomy_of(network: PreTrainedModel) -> Anatomy:
@@ -53,30 +54,78 @@ def anatomy_of(network: PreTrainedModel) -> Anatomy:
     front, back = _around(network, path)
     moved = [name for name in _BEHIND_THE_BLOCKS.get(kind, ()) if name in front]
     front, back = [name for name in front if name not in moved], [*moved, *back]
-    return Anatomy(path, len(blocks), tuple(front), tuple(back), _ties(network, kind, path, front, back))
+    ties = _ties(network, kind, path, front, back)
+    return Anatomy(path, len(blocks), tuple(front), tuple(back), ties, type(network))
+
+
+@dataclass(frozen=True)
+class StagePart:
+    """Blocks ``first`` .. ``last`` - 1 of a model, with what is in front of the first and behind the last block."""
+
+    anatomy: Anatomy
+    first: int
+    last: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the embeddings are here."""
+        return self.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the head is here."""
+        return self.last == self.anatomy.num_blocks
+
+    def foreign_modules(self) -> list[str]:
+        """Return the modules that belong to other stages."""
+        anatomy = self.anatomy
+        numbers = [*range(self.first), *range(self.last, anatomy.num_blocks)]
+        names = [f"{anatomy.blocks}.{number}" for number in numbers]
+        return names + list(() if self.is_first else anatomy.front) + list(() if self.is_last else anatomy.back)
+
+    def owns(self, name: str) -> bool:
+        """Return whether this stage is the one that writes a parameter or buffer, given its name in the whole model.
+
+        A tied parameter is the first stage's, and so is what belongs to no block, front or back.
+        """
+        if self.is_first:
+            return True
+        anatomy = self.anatomy
+        mine = [f"{anatomy.blocks}.{number}." for number in range(self.first, self.last)]
+        return name.startswith((*mine, *(f"{module}." for module in (anatomy.back if self.is_last else ()))))
+
+    def parameters(self, network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """Return the parameters of a pruned model under their names in the whole one: tied ones as at the front."""
+        tied = self.anatomy.tied
+        named = {tied.get(name, name): parameter for name, parameter in network.named_parameters()}
+        return list(named.items())
+
+    def tied_copies(self, network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """Return the parameters that another stage has too, in the same order on both."""
+        shared = set(self.anatomy.tied.values()) if self.is_first != self.is_last else set[str]()
+        return sorted(((n, p) for n, p in self.parameters(network) if n in shared), key=lambda item: item[0])
 
 
 class Stage(nn.Module):
-    """Blocks ``first`` .. ``last`` - 1 of a model, with embeddings in front of the first and the head behind the last.
+    """A part of a model that takes hidden states from the stage before and returns them for the next.
 
     ``network`` is pruned in place, if that has not been done already: parameters of other stages are gone, names and
     everything else are as before.
     """
 
-    def __init__(self, network: PreTrainedModel, anatomy: Anatomy, first: int, last: int) -> None:
+    def __init__(self, network: PreTrainedModel, part: StagePart) -> None:
         super().__init__()
-        prune(network, anatomy, first, last)
+        prune(network, part)
         self.network = network
-        self.is_first, self.is_last = first == 0, last == anatomy.num_blocks
         self._route = _Route()
-        blocks = cast("nn.ModuleList", network.get_submodule(anatomy.blocks))
+        blocks = cast("nn.ModuleList", network.get_submodule(part.anatomy.blocks))
         for number, block in enumerate(blocks):
-            if number < first:
+            if number < part.first:
                 _become(block, _Before, self._route)
-            elif number >= last:
+            elif number >= part.last:
                 _become(block, _Behind, self._route)
-        if not self.is_first:
-            _become(blocks[first], _Entry, self._route)
+        if not part.is_first:
+            _become(blocks[part.first], _Entry, self._route)
 
     def forward(self, inputs: Mapping[str, Any], received: torch.Tensor | None = None) -> torch.Tensor:
         """Return the hidden states [batch, sequence, hidden] for the next stage, or the logits.
@@ -107,17 +156,10 @@ class Stage(nn.Module):
             return end.hidden_states
 
 
-def prune(network: PreTrainedModel, anatomy: Anatomy, first: int, last: int) -> None:
-    """Remove every parameter that blocks ``first`` .. ``last`` - 1 and what belongs to them don't need."""
-    for name in foreign_modules(anatomy, first, last):
+def prune(network: nn.Module, part: StagePart) -> None:
+    """Remove every parameter that ``part`` does not need."""
+    for name in part.foreign_modules():
         vacate(network.get_submodule(name))
-
-
-def foreign_modules(anatomy: Anatomy, first: int, last: int) -> list[str]:
-    """Return the modules that belong to other stages."""
-    numbers = [*range(first), *range(last, anatomy.num_blocks)]
-    names = [f"{anatomy.blocks}.{number}" for number in numbers]
-    return names + list(anatomy.front if first else ()) + list(anatomy.back if last < anatomy.num_blocks else ())
 
 
 def vacate(module: nn.Module) -> None:
@@ -126,6 +168,8 @@ def vacate(module: nn.Module) -> None:
     for table in (module._modules, module._parameters, module._buffers):
         table.clear()
     module.__dict__["forward"] = hollow
+    module.__dict__["extra_repr"] = lambda: "in another stage"
+    module.__dict__["_is_hf_initialized"] = True  # transformers has nothing to initialise here
 
 
 class _Hollow:
@@ -185,7 +229,9 @@ class _Entry:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._stage_route.entered = True
         received = self._stage_route.received
-        if args:
+        if received is None:  # recomputed in the backward pass, with what the forward pass gave
+            pass
+        elif args:
             args = (received, *args[1:])
         else:
             kwargs["hidden_states"] = received
@@ -258,12 +304,6 @@ def _part_of(name: str, path: str, front: Sequence[str], back: Sequence[str]) ->
     if name.startswith(f"{path}."):
         return f"{path}.{name[len(path) + 1 :].split('.', 1)[0]}"
     return next((part for part in (*front, *back) if name.startswith(f"{part}.")), "")
-
-
-def stage_parameters(stage: Stage, anatomy: Anatomy) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of a stage under their names in the whole model: a tied one is called as at the front."""
-    for name, parameter in stage.network.named_parameters():
-        yield anatomy.tied.get(name, name), parameter
 
 
 def _refused(kind: str, rule: str) -> RecipeError:

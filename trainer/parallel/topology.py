@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -9,28 +10,69 @@ from dataclasses import dataclass
 class Place:
     """One rank's coordinates."""
 
-    stage: int
+    stage: int = 0
     """Pipeline stage."""
-    data: int
+    data: int = 0
     """Which of the replicas that see different sequences."""
+    sequence: int = 0
+    """Which part of each sequence."""
+    tensor: int = 0
+    """Which part of each layer."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Degrees of the mesh. Ranks of one stage are neighbours: DeepSpeed's ``PipeDataParallelTopology``."""
+    """Degrees of the mesh, the outermost axis first.
 
-    pipeline: int
-    data: int
+    Tensor ranks are neighbours, then sequence ranks: they talk most, so a node should hold them. This is the order of
+    DeepSpeed's ``PipeModelDataParallelTopology``. Expert ranks are data-parallel ones and are no axis of their own.
+    """
+
+    pipeline: int = 1
+    data: int = 1
+    sequence: int = 1
+    tensor: int = 1
 
     @property
     def world_size(self) -> int:
         """Ranks of the mesh."""
-        return self.pipeline * self.data
+        return self.pipeline * self.data * self.sequence * self.tensor
 
     def place(self, rank: int) -> Place:
-        """Return the coordinates of a rank."""
-        return Place(rank // self.data, rank % self.data)
+        """Return the coordinates of a rank. Raises ValueError outside of the mesh."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} of {self.world_size}")
+        rest, tensor = divmod(rank, self.tensor)
+        rest, sequence = divmod(rest, self.sequence)
+        stage, data = divmod(rest, self.data)
+        return Place(stage, data, sequence, tensor)
 
     def rank(self, place: Place) -> int:
         """Return the rank at some coordinates."""
-        return place.stage * self.data + place.data
+        outer = (place.stage * self.data + place.data) * self.sequence + place.sequence
+        return outer * self.tensor + place.tensor
+
+    def crosses_nodes(self, axis: str, ranks_per_node: int) -> bool:
+        """Return whether ranks that share a group of ``axis`` (tensor or sequence) lie on different nodes."""
+        group = self.tensor * (self.sequence if axis == "sequence" else 1)
+        return group > 1 and ranks_per_node % group != 0
+
+
+def rank_table(topology: Topology, hosts: Sequence[str]) -> list[str]:
+    """Return lines that say who is where: one a pipeline stage, with the ranks that hold it, by host.
+
+    ``hosts`` names the host of every rank.
+    """
+    lines: list[str] = []
+    per_stage = topology.world_size // topology.pipeline
+    for stage in range(topology.pipeline):
+        ranks = range(stage * per_stage, (stage + 1) * per_stage)
+        spans: list[tuple[str, int, int]] = []
+        for rank in ranks:
+            if spans and spans[-1][0] == hosts[rank]:
+                spans[-1] = (hosts[rank], spans[-1][1], rank)
+            else:
+                spans.append((hosts[rank], rank, rank))
+        where = ", ".join(f"{host}: {first}" + (f"-{last}" if last > first else "") for host, first, last in spans)
+        lines.append(f"stage {stage}: ranks on {where}")
+    return lines

@@ -22,8 +22,8 @@ from trainer.core.units import format_count
 from trainer.core.versions import untested
 from trainer.data.loader import TrainLoader
 from trainer.data.sampler import Sampler
+from trainer.engine.base import TrainEngine
 from trainer.engine.build import build_engine
-from trainer.engine.zero import ZeroEngine
 from trainer.evaluation.validation import Validation
 from trainer.models.config import config_to_dictionary, hugging_face_config
 from trainer.models.flops import training_flops_per_token
@@ -133,7 +133,7 @@ def _model_section(recipe: Recipe, source: CheckpointReader | None):
 
 
 def _fill_engine(
-    engine: ZeroEngine, recipe: Recipe, config: PretrainedConfig, ranks: Ranks, reader: CheckpointReader | None,
+    engine: TrainEngine, recipe: Recipe, config: PretrainedConfig, ranks: Ranks, reader: CheckpointReader | None,
     source: CheckpointReader | None, state: TrainState, sampler: Sampler, say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Load weights and generators: from a checkpoint, from another run, or as built."""
@@ -153,7 +153,7 @@ def _fill_engine(
 
 
 def _utilization(
-    engine: ZeroEngine, config: PretrainedConfig, recipe: Recipe, derived: Derived
+    engine: TrainEngine, config: PretrainedConfig, recipe: Recipe, derived: Derived
 ) -> Callable[[float], float | None]:
     text = config.get_text_config()
     vocabulary, hidden = text.vocab_size, text.hidden_size

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.runtime.engine import BFLOAT16, DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from torch import distributed
+from torch import distributed, nn
 
 
-class Stage0Bfloat16Engine(DeepSpeedEngine):
-    """DeepSpeed's engine with an unpartitioned BF16_Optimizer at stage 0."""
+class _Unpartitioned(DeepSpeedEngine):
+    """An unpartitioned BF16_Optimizer at stage 0."""
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
         assert self.zero_optimization_stage() == ZeroStageEnum.disabled
@@ -32,3 +35,28 @@ class Stage0Bfloat16Engine(DeepSpeedEngine):
             return super()._configure_bf16_optimizer(optimizer)
         finally:
             self.seq_data_parallel_group = data_parallel
+
+
+class _Engine(_Unpartitioned):
+    """DeepSpeed's engine with it."""
+
+
+class _PipelineEngine(_Unpartitioned, PipelineEngine):
+    """DeepSpeed's pipeline engine with it."""
+
+
+def stage0_bfloat16_engine(
+    network: nn.Module, optimizer: torch.optim.Optimizer, deepspeed_json: dict[str, Any]
+) -> DeepSpeedEngine:
+    """Return what ``deepspeed.initialize`` would, with float32 masters; of a PipelineModule a pipeline engine."""
+    staged = isinstance(network, PipelineModule)
+    mesh = network.mpu() if isinstance(network, PipelineModule) else None
+    return (_PipelineEngine if staged else _Engine)(
+        args=None,
+        model=network,
+        optimizer=optimizer,
+        mpu=mesh,
+        config=deepspeed_json,
+        config_class=deepspeed.DeepSpeedConfig(deepspeed_json, mesh),
+        dist_init_required=False,
+    )

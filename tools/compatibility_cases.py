@@ -1,0 +1,187 @@
+"""Run cases of the compatibility table against plain transformers, and compare."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+TOOLS = Path(__file__).parent
+STEPS, SEQUENCES, LENGTH = 3, 4, 16
+LEARNING_RATE, MOMENTUM, NOISE = 1e-2, 0.9, 0.02
+LOSS_BOUND, GRADIENT_BOUND, WEIGHT_BOUND = 1e-5, 1e-4, 1e-6
+SMALLEST_GRADIENT = 1e-5
+"""As a share of the whole gradient's norm. A parameter whose gradient is smaller (a key bias: softmax cancels it) is
+nothing but rounding; its error is measured against this."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family in one layout."""
+
+    name: str
+    config: dict[str, Any]
+    world_size: int = 2
+    recipe: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Sections of the recipe laid over the common one."""
+    packed: bool = False
+    """Several documents a sequence, kept apart."""
+    damage: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Deviations from the reference, or why there are none."""
+
+    loss: float = float("inf")
+    """Absolute, of the first step."""
+    gradient: float = float("inf")
+    """Largest relative deviation of a parameter's gradient."""
+    weight: float = float("inf")
+    """Largest absolute deviation of a weight after the last step."""
+    initial: float = float("inf")
+    """Largest absolute deviation of a weight initialised from scratch."""
+    worst: str = ""
+    """The parameter with that gradient."""
+    error: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether all bounds hold."""
+        bounds = self.loss < LOSS_BOUND and self.gradient < GRADIENT_BOUND and self.weight < WEIGHT_BOUND
+        return self.error is None and bounds and self.initial == 0.0
+
+
+class Server:
+    """A process that answers one JSON line with another."""
+
+    def __init__(self, script: str, log: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(TOOLS / script)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
+        )  # fmt: skip
+
+    def ask(self, job: dict[str, Any]) -> Any:
+        """Return the answer. Raises RuntimeError if the process died."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("the process ended")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Let it end."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+class Bench:
+    """Takes cases; the reference of a family is computed once."""
+
+    def __init__(self, directory: Path, seed: int = 1) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.seed = seed
+        self._reference = Server("compatibility_reference.py", directory / "reference.log")
+        self._ranks = Server("compatibility_ranks.py", directory / "ranks.log")
+        self._known: dict[str, tuple[Path, str | None]] = {}
+
+    def close(self) -> None:
+        """End the processes."""
+        self._reference.close()
+        self._ranks.close()
+
+    def run(self, case: Case) -> Outcome:
+        """Return how far a case is from the reference."""
+        reference, error = self._reference_of(case)
+        if error is not None:
+            return Outcome(error=f"transformers itself: {error}")
+        output = self.directory / "ours" / case.name.replace("/", "_").replace(" ", "-")
+        output.mkdir(parents=True, exist_ok=True)
+        for leftover in output.iterdir():
+            leftover.unlink()
+        job = {
+            "recipe": self._recipe(case, reference / "model"), "world_size": case.world_size, "output": str(output),
+            "batches": str(self._batches(case.packed)), "log": str(output / "log.txt"), "damage": case.damage,
+            "from_scratch": case.config,
+        }  # fmt: skip
+        codes = self._ranks.ask(job)
+        if any(codes):
+            errors = [path.read_text() for path in sorted(output.glob("error-*.txt"))]
+            first = errors[0].strip().splitlines()[0] if errors and errors[0].strip() else f"exit codes {codes}"
+            return Outcome(error=first[:300])
+        return _compare(reference, output)
+
+    def _reference_of(self, case: Case) -> tuple[Path, str | None]:
+        key = json.dumps([case.config, case.packed], sort_keys=True)
+        if key not in self._known:
+            path = self.directory / "reference" / f"{len(self._known)}-{case.config['model_type']}"
+            job = {
+                "config": case.config, "attention": "sdpa", "seed": self.seed, "noise": NOISE, "output": str(path),
+                "batches": str(self._batches(case.packed)), "learning_rate": LEARNING_RATE, "momentum": MOMENTUM,
+            }  # fmt: skip
+            self._known[key] = path, self._reference.ask(job)["error"]
+        return self._known[key]
+
+    def _recipe(self, case: Case, model: Path) -> dict[str, Any]:
+        recipe: dict[str, Any] = {
+            "run": {"directory": "unused", "steps": STEPS, "seed": self.seed},
+            "model": {"path": str(model), "dtype": "float32"},
+            "data": {"train": [{"path": "unused"}], "sequence_length": LENGTH},
+            "batch": {"global_size": SEQUENCES, "micro_size": 1},
+            "deepspeed": {"base": "zero1"},
+            "optimizer": {
+                "name": "sgd", "momentum": MOMENTUM, "learning_rate": LEARNING_RATE, "weight_decay": 0.0,
+                "clip_norm": 0.0,
+            },
+            "launch": {"processes": case.world_size},
+        }  # fmt: skip
+        return recipe | {name: recipe.get(name, {}) | section for name, section in case.recipe.items()}
+
+    def _batches(self, packed: bool) -> Path:
+        path = self.directory / ("packed.safetensors" if packed else "batches.safetensors")
+        if not path.exists():
+            generator = torch.Generator().manual_seed(self.seed)
+            tensors = {"tokens": torch.randint(3, 100, (STEPS, SEQUENCES, LENGTH + 1), generator=generator)}
+            if packed:
+                edges = torch.rand((STEPS, SEQUENCES, LENGTH), generator=generator) < 0.25
+                tensors["documents"] = edges.long().cumsum(dim=-1)
+            save_file(tensors, path)
+        return path
+
+
+def _compare(reference: Path, ours: Path) -> Outcome:
+    expected = json.loads((reference / "result.json").read_text())["steps"]
+    found = json.loads((ours / "result.json").read_text())["steps"]
+    gradients, mine = load_file(reference / "gradients.safetensors"), load_file(ours / "gradients.safetensors")
+    whole = torch.stack([g.double().norm() for g in gradients.values()]).norm().item()
+    worst, name = 0.0, ""
+    weights, my_weights = load_file(reference / "weights.safetensors"), load_file(ours / "weights.safetensors")
+    # buffers (position tables and the like) are weights of ours too; parameters are what is compared
+    missing = [n for n in weights if n not in my_weights]
+    if missing:
+        return Outcome(error=f"parameters are missing: {', '.join(missing[:3])}")
+    for key in weights:
+        right = gradients.get(key, torch.zeros_like(weights[key])).double()
+        deviation = (mine.get(key, torch.zeros_like(right)).double() - right).norm().item()
+        relative = deviation / max(right.norm().item(), SMALLEST_GRADIENT * whole)
+        if not relative <= worst:
+            worst, name = relative, key
+    initial, my_initial = load_file(reference / "initial.safetensors"), load_file(ours / "initial.safetensors")
+    return Outcome(
+        loss=abs(found[0][0] - expected[0][0]),
+        gradient=worst,
+        weight=max((my_weights[key] - tensor).abs().max().item() for key, tensor in weights.items()),
+        initial=max((my_initial[key] - tensor).abs().max().item() for key, tensor in initial.items()),
+        worst=name,
+    )
