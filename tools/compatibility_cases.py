@@ -30,6 +30,7 @@ class Case:
     world_size: int = 2
     recipe: dict[str, Any] = field(default_factory=dict[str, Any])
     """Sections of the recipe laid over the common one."""
+    attention: str = "sdpa"
     packed: bool = False
     """Several documents a sequence, kept apart."""
     damage: str | None = None
@@ -123,11 +124,11 @@ class Bench:
         return _compare(reference, output)
 
     def _reference_of(self, case: Case) -> tuple[Path, str | None]:
-        key = json.dumps([case.config, case.packed], sort_keys=True)
+        key = json.dumps([case.config, case.packed, case.attention], sort_keys=True)
         if key not in self._known:
             path = self.directory / "reference" / f"{len(self._known)}-{case.config['model_type']}"
             job = {
-                "config": case.config, "attention": "sdpa", "seed": self.seed, "noise": NOISE, "output": str(path),
+                "config": case.config, "attention": case.attention, "seed": self.seed, "noise": NOISE, "output": str(path),
                 "batches": str(self._batches(case.packed)), "learning_rate": LEARNING_RATE, "momentum": MOMENTUM,
             }  # fmt: skip
             self._known[key] = path, self._reference.ask(job)["error"]
@@ -136,7 +137,7 @@ class Bench:
     def _recipe(self, case: Case, model: Path) -> dict[str, Any]:
         recipe: dict[str, Any] = {
             "run": {"directory": "unused", "steps": STEPS, "seed": self.seed},
-            "model": {"path": str(model), "dtype": "float32"},
+            "model": {"path": str(model), "dtype": "float32", "attention": case.attention},
             "data": {"train": [{"path": "unused"}], "sequence_length": LENGTH},
             "batch": {"global_size": SEQUENCES, "micro_size": 1},
             "deepspeed": {"base": "zero1"},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from accelerate import init_empty_weights
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 NUM_LAYERS = 4
@@ -48,6 +49,16 @@ def has_plan(kind: str) -> bool:
     return bool(getattr(CONFIG_MAPPING[kind], "base_model_pp_plan", None))
 
 
+def attention_of(config: dict[str, Any]) -> str:
+    """Return sdpa where the family has it, else eager."""
+    try:
+        with init_empty_weights():
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
+    except ValueError:
+        return "eager"
+    return "sdpa"
+
+
 def tiny_config(kind: str) -> dict[str, Any]:
     """Return fields of a config of a few thousand parameters, without dropout, ``model_type`` among them."""
     default = CONFIG_MAPPING[kind]()
@@ -72,5 +83,7 @@ def _tiny_fields(default: PretrainedConfig) -> dict[str, Any]:
             fields[name] = (kinds * NUM_LAYERS)[:NUM_LAYERS]
     if given.get("sliding_window", 0) is None:
         del fields["sliding_window"]
-    fields |= {name: 0.0 for name, value in given.items() if "drop" in name and isinstance(value, float)}
+    if "kv_lora_rank" in given:  # latent attention: as many keys as queries
+        fields["num_key_value_heads"] = 4
+    fields |= {name: 0.0 for name, value in given.items() if ("drop" in name or "jitter" in name) and isinstance(value, float)}
     return fields

@@ -20,7 +20,6 @@ os.dup2(2, 1)
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -79,11 +78,9 @@ def run(job: dict[str, Any]) -> None:
 def _initialised(job: dict[str, Any]) -> PreTrainedModel:
     """Return the model as transformers initialises it from the seed, drawn in the order of its modules."""
     config = AutoConfig.for_model(**job["config"])
-    with no_init_weights(), init_empty_weights(include_buffers=False):
+    torch.manual_seed(job["seed"])  # some constructors draw
+    with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=job["attention"])
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            module._parameters[name] = nn.Parameter(torch.empty(parameter.shape))
     model.tie_weights()
     torch.manual_seed(job["seed"])
     model.initialize_weights()

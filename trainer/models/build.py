@@ -9,6 +9,7 @@ sharded at once. Upstream, ``from_config`` under ``deepspeed.zero.Init`` loses t
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, cast
@@ -24,6 +25,11 @@ from trainer.core.errors import Problem, RecipeError
 from trainer.models.load import loading_options
 from trainer.models.load_part import load_part
 from trainer.models.stages import StagePart, vacate
+
+
+_CONSTRUCTED = "_constructor_values"
+_SMALL = 1 << 16
+"""Numbers of elements up to which the constructor's values are kept."""
 
 
 class Sharding(Protocol):
@@ -62,6 +68,7 @@ def build_model(
     try:
         if model.path is None:
             network = skeleton(model, config)
+            torch.manual_seed(seed)  # again: some constructors draw, and stages must all draw the same
             _fill(network, device, getattr(torch, model.dtype), _Initialiser(network, sharding), sharding, part)
         elif part is not None:
             network = cast("Any", load_part(model, config, part)).to(device)
@@ -87,7 +94,7 @@ def _load(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
 
 def skeleton(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
     """Build the module tree with parameters on the meta device and real buffers, tied as the config says."""
-    with hf_initialization.no_init_weights(), init_empty_weights(include_buffers=False):
+    with hf_initialization.no_init_weights(), init_empty_weights(include_buffers=False), _constructor_values():
         network = AutoModelForCausalLM.from_config(
             config,
             attn_implementation=model.attention,
@@ -97,6 +104,23 @@ def skeleton(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
     network.tie_weights()
     config.dtype = model.dtype
     return network
+
+
+@contextlib.contextmanager
+def _constructor_values() -> Iterator[None]:
+    """Keep what constructors give small parameters: some families leave it so, in ``_init_weights`` (Apertus, Mamba)."""
+    register = nn.Module.register_parameter
+
+    def keep(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta and parameter.numel() <= _SMALL:
+            module.__dict__.setdefault(_CONSTRUCTED, {})[name] = parameter.detach()
+
+    nn.Module.register_parameter = keep
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 class _Initialiser:
@@ -109,6 +133,9 @@ class _Initialiser:
         direct = [p for p in module.parameters(recurse=False) if self.sharding and self.sharding.is_sharded(p)]
         with self.sharding.gathered(direct) if direct and self.sharding else contextlib.nullcontext():
             owner._init_weights(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.numel() > _SMALL and parameter.flatten()[0].isnan():
+                raise ValueError(f"nothing initialises {prefix}.{name}")
 
 
 class _Copier:
@@ -148,12 +175,15 @@ def _fill(
 
     def allocate(module: nn.Module) -> list[nn.Parameter]:
         fresh: list[nn.Parameter] = []
+        constructed = module.__dict__.pop(_CONSTRUCTED, {})
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.is_meta:
                 continue
             if id(parameter) not in made:
                 kept.append(parameter)
-                real = nn.Parameter(torch.empty(parameter.shape, device=device), requires_grad=parameter.requires_grad)
+                value = constructed.get(name)
+                value = torch.full(parameter.shape, math.nan, device=device) if value is None else value.float()
+                real = nn.Parameter(value.to(device), requires_grad=parameter.requires_grad)
                 made[id(parameter)] = real
                 fresh.append(real)
             module._parameters[name] = made[id(parameter)]
