@@ -30,12 +30,28 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("sliding_window", "attention_window_size", "state_size", "chunk_size"), 8),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_state"), 8),
     **dict.fromkeys(("mamba_n_heads", "time_step_rank", "linear_num_value_heads"), 4),
-    **dict.fromkeys(("mamba_n_groups", "n_groups"), 1),
+    **dict.fromkeys(("mamba_n_groups", "n_groups", "num_shared_experts", "num_expert_group"), 1),
+    **dict.fromkeys(("linear_head_dim", "index_head_dim", "hidden_size_per_layer_input", "laurel_rank"), 8),
+    **dict.fromkeys(("linear_num_heads", "index_n_heads"), 4),
+    **dict.fromkeys(("num_experts_per_token",), 2),
+    **{"shared_experts_intermediate_size": 32, "model_max_length": 64, "vocab_size_per_layer_input": VOCABULARY},
+    **{"per_layer_config": {}, "index_topk": 8},
     "qk_head_dim": 16, "mamba_d_head": 16, "linear_num_key_heads": 2, "global_attn_every_n_layers": 2,
     "vocab_size": VOCABULARY, "encoder_layers": 0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }
 # What a family needs beside, or instead: sizes that its own code ties together.
-SPECIAL: dict[str, dict[str, Any]] = {}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * NUM_LAYERS},
+    "gemma4_text": {"hidden_size_per_layer_input": 0},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    "zaya": {"num_experts_per_tok": 1},
+    "gpt2": {"n_inner": None},
+}
 LISTS = ("layer_types", "mlp_layer_types", "moe_layers", "block_types", "layers_block_type")
 
 

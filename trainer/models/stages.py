@@ -117,6 +117,7 @@ class Stage(nn.Module):
         super().__init__()
         prune(network, part)
         self.network = network
+        self._unproven = True
         self._route = _Route()
         blocks = cast("nn.ModuleList", network.get_submodule(part.anatomy.blocks))
         for number, block in enumerate(blocks):
@@ -134,26 +135,30 @@ class Stage(nn.Module):
         stage before returned.
         """
         arguments = dict(inputs)
-        if received is not None:
-            # Embeddings are not here: masks take batch, length and dtype from what arrived.
-            del arguments["input_ids"]
-            arguments["inputs_embeds"] = received
         self._route.received, self._route.entered = received, False
         try:
-            return self._run(arguments)
+            return self._checked(self._run(arguments), received)
         except (TypeError, ValueError, IndexError, AttributeError):
             if received is None or self._route.entered or self._route.as_tuple:
                 raise
             self._route.as_tuple = True  # the blocks of this family return tuples
-            return self._run(arguments)
+            return self._checked(self._run(arguments), received)
         finally:
             self._route.received = None
+
+    def _checked(self, output: torch.Tensor, received: torch.Tensor | None) -> torch.Tensor:
+        """Return ``output``; in the first pass refuse a model that needs more than what the stage before returned."""
+        if self._unproven and received is not None and output.isnan().any() and received.isfinite().all():
+            kind = str(self.network.config.model_type)
+            raise _refused(kind, "uses its embeddings, or what one block told the next, in later blocks too")
+        self._unproven = False
+        return output
 
     def _run(self, arguments: dict[str, Any]) -> torch.Tensor:
         try:
             return self.network(**arguments, use_cache=False).logits
         except _LeftStageError as end:
-            return end.hidden_states
+            return end.hidden_states.contiguous()  # as it is sent
 
 
 def prune(network: nn.Module, part: StagePart) -> None:
@@ -164,27 +169,37 @@ def prune(network: nn.Module, part: StagePart) -> None:
 
 def vacate(module: nn.Module) -> None:
     """Leave the shell of a module: its class and plain attributes, which the model may ask for."""
-    hollow = _Hollow(getattr(module, "embedding_dim", None), getattr(module, "out_features", None))
+    if isinstance(module.__dict__.get("forward"), _Hollow):
+        return
+    module.__dict__["forward"] = _Hollow(module)
     for table in (module._modules, module._parameters, module._buffers):
         table.clear()
-    module.__dict__["forward"] = hollow
     module.__dict__["extra_repr"] = lambda: "in another stage"
     module.__dict__["_is_hf_initialized"] = True  # transformers has nothing to initialise here
 
 
 class _Hollow:
-    """Forward pass of a vacated module in front of the blocks: something of the right shape, which nobody reads."""
+    """Forward pass of a vacated module in front of the blocks: the right shape, full of NaN.
 
-    def __init__(self, embedding_dim: int | None, out_features: int | None) -> None:
-        self._embedding_dim, self._out_features = embedding_dim, out_features
+    What comes out is meant for the first block, which is elsewhere. A model that uses it in later blocks too would
+    compute something else without it; so it gets NaN, and ``Stage`` refuses it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._embedding_dim: int | None = getattr(module, "embedding_dim", None)
+        self._out_features: int | None = getattr(module, "out_features", None)
+        weight = next(module.parameters(), None)
+        self._dtype = weight.dtype if weight is not None else torch.float32
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         value = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        dtype = value.dtype if value.is_floating_point() else self._dtype
+        shape = value.shape
         if self._embedding_dim is not None:
-            return torch.zeros((), device=value.device).expand(*value.shape, self._embedding_dim)
-        if self._out_features is not None:
-            return value.new_zeros(()).expand(*value.shape[:-1], self._out_features)
-        return value
+            shape = (*value.shape, self._embedding_dim)
+        elif self._out_features is not None:
+            shape = (*value.shape[:-1], self._out_features)
+        return torch.full(shape, torch.nan, dtype=dtype, device=value.device)
 
 
 class _LeftStageError(Exception):
@@ -211,7 +226,11 @@ class _Before:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         received = self._stage_route.received
-        return (received, None) if self._stage_route.as_tuple else received
+        if not self._stage_route.as_tuple:
+            return received
+        # Attention weights or the like, which nobody asked for. A model that hands them on to its next block gets NaN.
+        assert received is not None
+        return received, received.new_full((), torch.nan)
 
 
 class _Behind:
