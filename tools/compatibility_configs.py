@@ -34,10 +34,20 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("linear_head_dim", "index_head_dim", "hidden_size_per_layer_input", "laurel_rank"), 8),
     **dict.fromkeys(("linear_num_heads", "index_n_heads"), 4),
     **dict.fromkeys(("num_experts_per_token",), 2),
-    **{"shared_experts_intermediate_size": 32, "model_max_length": 64, "vocab_size_per_layer_input": VOCABULARY},
-    **{"per_layer_config": {}, "index_topk": 8},
-    "qk_head_dim": 16, "mamba_d_head": 16, "linear_num_key_heads": 2, "global_attn_every_n_layers": 2,
-    "vocab_size": VOCABULARY, "encoder_layers": 0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "shared_experts_intermediate_size": 32,
+    "model_max_length": 64,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "per_layer_config": {},
+    "index_topk": 8,
+    "qk_head_dim": 16,
+    "mamba_d_head": 16,
+    "linear_num_key_heads": 2,
+    "global_attn_every_n_layers": 2,
+    "vocab_size": VOCABULARY,
+    "encoder_layers": 0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 # What a family needs beside, or instead: sizes that its own code ties together.
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -45,6 +55,26 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_text": {"hidden_size_per_layer_input": 0},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    },
+    "dots3_note_text": {"head_dim": 16},
+    "phi4_multimodal": {
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 28,
+            "crop_size": 28,
+        },
+        "audio_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_blocks": 1,
+            "num_attention_heads": 4,
+            "ext_pw_out_channel": 32,
+            "nemo_conv_channels": 32,
+            "depthwise_separable_out_channel": 32,
+        },
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8},
@@ -101,5 +131,7 @@ def _tiny_fields(default: PretrainedConfig) -> dict[str, Any]:
         del fields["sliding_window"]
     if "kv_lora_rank" in given:  # latent attention: as many keys as queries
         fields["num_key_value_heads"] = 4
-    fields |= {name: 0.0 for name, value in given.items() if ("drop" in name or "jitter" in name) and isinstance(value, float)}
+    fields |= {
+        name: 0.0 for name, value in given.items() if ("drop" in name or "jitter" in name) and isinstance(value, float)
+    }
     return fields

@@ -23,7 +23,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
@@ -52,7 +51,9 @@ def run(job: dict[str, Any]) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * job["noise"])
     model.save_pretrained(output / "model")
-    model.train()
+    model = AutoModelForCausalLM.from_pretrained(
+        output / "model", dtype=torch.float32, attn_implementation=job["attention"]
+    ).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=job["learning_rate"], momentum=job["momentum"])
     batches = load_file(job["batches"])
     steps: list[list[float]] = []
@@ -79,9 +80,9 @@ def _initialised(job: dict[str, Any]) -> PreTrainedModel:
     """Return the model as transformers initialises it from the seed, drawn in the order of its modules."""
     config = AutoConfig.for_model(**job["config"])
     torch.manual_seed(job["seed"])  # some constructors draw
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=job["attention"])
-    model.tie_weights()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=job["attention"])
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
     torch.manual_seed(job["seed"])
     model.initialize_weights()
     return model

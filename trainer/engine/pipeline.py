@@ -153,7 +153,9 @@ class StagedEngine:
 
         self._expect(batch)
         feed = self._batches.begin([self._inputs(batch)], [loss])
-        losses: Any = self._engine.eval_batch(feed, reduce_output=None, bcast_loss=False, num_micro_batches=1)
+        losses: Any = cast("Any", self._engine).eval_batch(
+            feed, reduce_output=None, bcast_loss=False, num_micro_batches=1
+        )
         if not self._part.is_last:
             return 0.0, 0
         return float(losses[0]), int((targets >= 0).sum())

@@ -26,7 +26,6 @@ from trainer.models.load import loading_options
 from trainer.models.load_part import load_part
 from trainer.models.stages import StagePart, vacate
 
-
 _CONSTRUCTED = "_constructor_values"
 _SMALL = 1 << 16
 """Numbers of elements up to which the constructor's values are kept."""
@@ -108,13 +107,14 @@ def skeleton(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def _constructor_values() -> Iterator[None]:
-    """Keep what constructors give small parameters: some families leave it so, in ``_init_weights`` (Apertus, Mamba)."""
+    """Keep what constructors give small parameters: some families leave it at that (Apertus' activation)."""
     register = nn.Module.register_parameter
 
-    def keep(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None and not parameter.is_meta and parameter.numel() <= _SMALL:
-            module.__dict__.setdefault(_CONSTRUCTED, {})[name] = parameter.detach()
+    def keep(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        # torch's own modules fill theirs in reset_parameters
+        if param is not None and param.numel() <= _SMALL and not _resets(self):
+            self.__dict__.setdefault(_CONSTRUCTED, {})[name] = param.detach()
 
     nn.Module.register_parameter = keep
     try:
@@ -123,8 +123,12 @@ def _constructor_values() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
+def _resets(module: nn.Module) -> bool:
+    return callable(getattr(module, "reset_parameters", None))
+
+
 class _Initialiser:
-    """Fill a module by the model's own ``_init_weights``."""
+    """Fill a module by the model's own ``_init_weights``; what that leaves alone, by torch's default."""
 
     def __init__(self, network: PreTrainedModel, sharding: Sharding | None) -> None:
         self.sharding = sharding
@@ -133,9 +137,16 @@ class _Initialiser:
         direct = [p for p in module.parameters(recurse=False) if self.sharding and self.sharding.is_sharded(p)]
         with self.sharding.gathered(direct) if direct and self.sharding else contextlib.nullcontext():
             owner._init_weights(module)
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.numel() > _SMALL and parameter.flatten()[0].isnan():
-                raise ValueError(f"nothing initialises {prefix}.{name}")
+        mine = [(n, p) for n, p in module.named_parameters(recurse=False) if p.numel()]
+        untouched = {name for name, parameter in mine if parameter.flatten()[0].isnan()}
+        if not untouched:
+            return
+        if not _resets(module):
+            raise ValueError(f"nothing initialises {prefix}.{min(untouched)}")
+        done = {name: parameter.clone() for name, parameter in mine if name not in untouched}
+        module.reset_parameters()  # type: ignore[operator]
+        for name, values in done.items():
+            module.get_parameter(name).copy_(values)
 
 
 class _Copier:

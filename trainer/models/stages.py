@@ -19,10 +19,14 @@ from transformers import PreTrainedModel
 
 from trainer.core.errors import Problem, RecipeError
 
-# Modules that run behind the blocks although they are defined before them; by model type.
+# Modules that run on the other side of the blocks than they are defined on; by model type.
 _BEHIND_THE_BLOCKS: dict[str, tuple[str, ...]] = {
     "opt": ("model.decoder.project_out", "model.decoder.final_layer_norm")
 }
+_IN_FRONT_OF_THE_BLOCKS: dict[str, tuple[str, ...]] = {"phi4_multimodal": ("model.embed_tokens_extend",)}
+
+# What code raises that finds something else than it expects.
+_UNFIT = (TypeError, ValueError, IndexError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,15 @@ def anatomy_of(network: PreTrainedModel) -> Anatomy:
         raise _refused(kind, "has an encoder beside its decoder")
     if getattr(config, "num_kv_shared_layers", 0):
         raise _refused(kind, "shares keys and values between layers, which no stage boundary may cut")
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        raise _refused(kind, "has an embedding for every layer (hidden_size_per_layer_input)")
     path = _find_blocks(network, config)
     blocks = cast("nn.ModuleList", network.get_submodule(path))
     front, back = _around(network, path)
-    moved = [name for name in _BEHIND_THE_BLOCKS.get(kind, ()) if name in front]
-    front, back = [name for name in front if name not in moved], [*moved, *back]
+    late = [name for name in _BEHIND_THE_BLOCKS.get(kind, ()) if name in front]
+    early = [name for name in _IN_FRONT_OF_THE_BLOCKS.get(kind, ()) if name in back]
+    front = [name for name in front if name not in late] + early
+    back = late + [name for name in back if name not in early]
     ties = _ties(network, kind, path, front, back)
     return Anatomy(path, len(blocks), tuple(front), tuple(back), ties, type(network))
 
@@ -119,6 +127,10 @@ class Stage(nn.Module):
         self.network = network
         self._unproven = True
         self._route = _Route()
+        device = next(network.parameters()).device
+        for name in part.foreign_modules():
+            module = network.get_submodule(name)
+            module.__dict__["forward"].place(module, device)
         blocks = cast("nn.ModuleList", network.get_submodule(part.anatomy.blocks))
         for number, block in enumerate(blocks):
             if number < part.first:
@@ -138,21 +150,37 @@ class Stage(nn.Module):
         self._route.received, self._route.entered = received, False
         try:
             return self._checked(self._run(arguments), received)
-        except (TypeError, ValueError, IndexError, AttributeError):
-            if received is None or self._route.entered or self._route.as_tuple:
+        except _UNFIT as error:
+            if received is None or not self._unproven:
                 raise
-            self._route.as_tuple = True  # the blocks of this family return tuples
+            if self._route.entered or self._route.as_tuple:
+                raise self._refusal(f"fails without what runs before ({type(error).__name__}: {error})") from error
+        finally:
+            self._route.received = None
+        return self._forward_with_tuples(arguments, received)
+
+    def _forward_with_tuples(self, arguments: dict[str, Any], received: torch.Tensor) -> torch.Tensor:
+        """Try again: the blocks of this family may return tuples."""
+        self._route.received, self._route.as_tuple = received, True
+        try:
             return self._checked(self._run(arguments), received)
+        except _UNFIT as error:
+            raise self._refusal(f"fails without what runs before ({type(error).__name__}: {error})") from error
         finally:
             self._route.received = None
 
     def _checked(self, output: torch.Tensor, received: torch.Tensor | None) -> torch.Tensor:
         """Return ``output``; in the first pass refuse a model that needs more than what the stage before returned."""
-        if self._unproven and received is not None and output.isnan().any() and received.isfinite().all():
-            kind = str(self.network.config.model_type)
-            raise _refused(kind, "uses its embeddings, or what one block told the next, in later blocks too")
+        if self._unproven and output.isnan().any():
+            if received is None:
+                raise self._refusal("gives NaN to the first block, or uses in front what is defined behind the blocks")
+            if received.isfinite().all():
+                raise self._refusal("uses its embeddings, or what one block told the next, in later blocks too")
         self._unproven = False
         return output
+
+    def _refusal(self, rule: str) -> RecipeError:
+        return _refused(str(self.network.config.model_type), rule)
 
     def _run(self, arguments: dict[str, Any]) -> torch.Tensor:
         try:
@@ -190,9 +218,18 @@ class _Hollow:
         self._out_features: int | None = getattr(module, "out_features", None)
         weight = next(module.parameters(), None)
         self._dtype = weight.dtype if weight is not None else torch.float32
+        self._placeholders = {name: p.dtype for name, p in module.named_parameters(recurse=False)}
+
+    def place(self, module: nn.Module, device: torch.device) -> None:
+        """Leave empty tensors where parameters were: models look up the device or dtype of their embeddings."""
+        for name, dtype in self._placeholders.items():
+            module.__dict__[name] = torch.empty(0, dtype=dtype, device=device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        value = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        value = tensors[0]
+        if self._embedding_dim is None and self._out_features is None:  # of ids and embeddings, it returns the latter
+            value = next((tensor for tensor in tensors if tensor.is_floating_point()), value)
         dtype = value.dtype if value.is_floating_point() else self._dtype
         shape = value.shape
         if self._embedding_dim is not None:
