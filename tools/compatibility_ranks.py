@@ -97,8 +97,7 @@ def _child(job: dict[str, Any], rank: int, port: int) -> None:
         import traceback
 
         traceback.print_exc()
-        if rank == 0 or not isinstance(error, RuntimeError):
-            Path(job["output"], f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        Path(job["output"], f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
     finally:
         sys.stderr.flush()
         os._exit(code)
@@ -199,9 +198,8 @@ def _damage(kind: str) -> None:
         run_forward = stages.Stage._run
 
         def shifted(self: Any, arguments: dict[str, Any]) -> torch.Tensor:
-            if "input_ids" not in arguments:
-                hidden = arguments["inputs_embeds"]
-                arguments = {**arguments, "position_ids": torch.zeros(hidden.shape[:2], dtype=torch.long)}
+            if self._route.received is not None:
+                arguments = {**arguments, "position_ids": torch.zeros_like(arguments["input_ids"])}
             return run_forward(self, arguments)
 
         stages.Stage._run = shifted

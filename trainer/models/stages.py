@@ -26,7 +26,7 @@ _BEHIND_THE_BLOCKS: dict[str, tuple[str, ...]] = {
 _IN_FRONT_OF_THE_BLOCKS: dict[str, tuple[str, ...]] = {"phi4_multimodal": ("model.embed_tokens_extend",)}
 
 # What code raises that finds something else than it expects.
-_UNFIT = (TypeError, ValueError, IndexError, KeyError, AttributeError)
+_UNFIT = (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""The matrix of layouts that five families go through, and the ways to break one on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from compatibility_cases import Case
+from compatibility_configs import tiny_config
+
+MATRIX_FAMILIES = ("llama", "gpt2", "qwen3", "gemma3_text", "mixtral")
+ZERO = {stage: {"base": f"zero{stage}"} for stage in (0, 1, 2, 3)}
+FOUR_MICRO_BATCHES = {"global_size": 4, "micro_size": 1}
+
+
+def _stages(pipeline: int, zero: int, world_size: int, **sections: Any) -> tuple[int, dict[str, Any]]:
+    return world_size, {"parallel": {"pipeline": pipeline}, "deepspeed": ZERO[zero], **sections}
+
+
+# name -> (ranks, sections of the recipe)
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1 rank": _stages(1, 0, 1),
+    "DP 2, ZeRO-2": _stages(1, 2, 2),
+    "DP 2, ZeRO-3": _stages(1, 3, 2),
+    "PP 2, ZeRO-0": _stages(2, 0, 2),
+    "PP 2, ZeRO-1": _stages(2, 1, 2),
+    "PP 4, ZeRO-1": _stages(4, 1, 4),
+    "PP 2 x DP 2, ZeRO-0": _stages(2, 0, 4),
+    "PP 2 x DP 2, ZeRO-1": _stages(2, 1, 4),
+    "PP 2, one micro-batch": _stages(2, 1, 2, batch={"global_size": 4, "micro_size": 4}),
+    "PP 2, recomputed": _stages(2, 1, 2, memory={"activation_checkpointing": "full"}),
+    "PP 2, balanced by parameters": _stages(2, 1, 2, parallel={"pipeline": 2, "balance": "parameters"}),
+}
+PACKED = ("1 rank", "DP 2, ZeRO-3", "PP 2, ZeRO-1", "PP 2 x DP 2, ZeRO-1", "PP 2, recomputed")
+
+DAMAGED = tuple(
+    Case(f"{kind}, {damage}", tiny_config(kind), recipe=LAYOUTS["PP 2, ZeRO-1"][1], damage=damage)
+    for kind, damage in (("llama", "swapped blocks"), ("llama", "dropped rotary"), ("gpt2", "untied head"))
+)
+
+
+def layout_cases() -> Iterator[Case]:
+    """Yield every family in every layout, then those with several documents a sequence."""
+    for kind in MATRIX_FAMILIES:
+        config = tiny_config(kind)
+        for name, (world_size, recipe) in LAYOUTS.items():
+            yield Case(f"{kind}, {name}", config, world_size, recipe)
+        for name in PACKED:
+            world_size, recipe = LAYOUTS[name]
+            yield Case(f"{kind}, {name}, packed documents", config, world_size, recipe, packed=True)
