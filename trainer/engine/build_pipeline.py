@@ -26,7 +26,7 @@ from trainer.models.build import build_model, freeze, skeleton
 from trainer.models.costs import flops_costs, layer_costs, parameter_costs
 from trainer.models.loss import LossSpec
 from trainer.models.stages import Anatomy, Stage, StagePart, anatomy_of
-from trainer.parallel.topology import Topology
+from trainer.parallel.topology import mesh_of
 
 
 def build_staged_engine(
@@ -38,8 +38,7 @@ def build_staged_engine(
     environment: RankEnvironment,
 ) -> StagedEngine:
     """Return the engine of this rank's stage. Raises RecipeError, on all ranks alike, if the model can't be cut."""
-    num_stages = recipe.parallel.pipeline
-    topology = Topology(pipeline=num_stages, data=environment.world_size // num_stages)
+    topology = mesh_of(recipe.parallel, environment.world_size)
     place = topology.place(environment.rank)
     device = training_device(environment.local_rank)
     whole = skeleton(model, config)

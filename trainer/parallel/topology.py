@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trainer.config.parallel import ParallelConfig
+
 
 @dataclass(frozen=True)
 class Place:
@@ -58,21 +60,32 @@ class Topology:
         return group > 1 and ranks_per_node % group != 0
 
 
+def mesh_of(parallel: ParallelConfig, world_size: int) -> Topology:
+    """Return the mesh of so many ranks; what the degrees leave is data-parallel.
+
+    Raises ValueError if the ranks can't be divided so.
+    """
+    model = parallel.pipeline * parallel.sequence * parallel.tensor
+    if world_size % model:
+        raise ValueError(f"{world_size} ranks are no multiple of {model}")
+    return Topology(parallel.pipeline, world_size // model, parallel.sequence, parallel.tensor)
+
+
 def rank_table(topology: Topology, hosts: Sequence[str]) -> list[str]:
-    """Return lines that say who is where: one a pipeline stage, with the ranks that hold it, by host.
+    """Return one line a pipeline stage: which ranks hold it, and on which hosts.
 
     ``hosts`` names the host of every rank.
     """
-    lines: list[str] = []
     per_stage = topology.world_size // topology.pipeline
-    for stage in range(topology.pipeline):
-        ranks = range(stage * per_stage, (stage + 1) * per_stage)
-        spans: list[tuple[str, int, int]] = []
-        for rank in ranks:
-            if spans and spans[-1][0] == hosts[rank]:
-                spans[-1] = (hosts[rank], spans[-1][1], rank)
-            else:
-                spans.append((hosts[rank], rank, rank))
-        where = ", ".join(f"{host}: {first}" + (f"-{last}" if last > first else "") for host, first, last in spans)
-        lines.append(f"stage {stage}: ranks on {where}")
-    return lines
+    return [_where(range(stage * per_stage, (stage + 1) * per_stage), hosts) for stage in range(topology.pipeline)]
+
+
+def _where(ranks: range, hosts: Sequence[str]) -> str:
+    spans: list[tuple[str, int, int]] = []
+    for rank in ranks:
+        if spans and spans[-1][0] == hosts[rank]:
+            spans[-1] = (hosts[rank], spans[-1][1], rank)
+        else:
+            spans.append((hosts[rank], rank, rank))
+    parts = [f"{first}-{last} on {host}" if last > first else f"{first} on {host}" for host, first, last in spans]
+    return ("ranks " if len(ranks) > 1 else "rank ") + ", ".join(parts)

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trainer.config.deepspeed_file import read_deepspeed_file
+from trainer.config.deepspeed_rules import value_at
 from trainer.config.derive import Derived, derive, derive_problems
 from trainer.config.model_fields import ModelFields, model_fields
 from trainer.config.run import Recipe
@@ -43,6 +45,18 @@ class Facts:
     def derived(self) -> Derived | None:
         """The derived numbers, or None where they can't be derived."""
         return None if derive_problems(self.recipe, self.world_size) else derive(self.recipe, self.world_size)
+
+    @cached_property
+    def deepspeed(self) -> Mapping[str, Any]:
+        """The DeepSpeed JSON as given; empty where it can't be read."""
+        file, _ = read_deepspeed_file(self.recipe.deepspeed.base, self.recipe.deepspeed.override)
+        return file.values if file else {}
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage."""
+        stage = value_at(self.deepspeed, "zero_optimization.stage")
+        return stage if isinstance(stage, int) else 0
 
     @cached_property
     def model(self) -> ModelFields:

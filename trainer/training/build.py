@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from trainer.engine.build import build_engine
 from trainer.evaluation.validation import Validation
 from trainer.models.config import config_to_dictionary, hugging_face_config
 from trainer.models.flops import training_flops_per_token
+from trainer.parallel.topology import mesh_of, rank_table
 from trainer.tasks.pretrain import loss_spec
 from trainer.telemetry.sinks.base import Fanout
 from trainer.telemetry.throughput import device_name, model_flops_utilization, peak_flops_per_second
@@ -61,14 +63,16 @@ def build_parts(
     source = _run_as_source(recipe)
     config = hugging_face_config(_model_section(recipe, source))
     state = TrainState.from_json(reader.state["train"]) if reader else TrainState()
+    mesh = mesh_of(recipe.parallel, environment.world_size)
+    place = mesh.place(environment.rank)  # ranks of one replica read the same sequences
     loader = TrainLoader(
         recipe.data, recipe.run.seed, recipe.batch.global_size, recipe.batch.micro_size,
-        environment.rank, derived.data_parallel, state.consumed_samples, config.get_text_config().vocab_size,
+        place.data, mesh.data, state.consumed_samples, config.get_text_config().vocab_size,
     )  # fmt: skip
     refuse_beyond_budget(recipe, derived, loader.sampler)
     refuse_other_tokenizer(tokenizer, loader, config.get_text_config().vocab_size, ranks)
     _exclude_corrupt(loader, ranks, say)
-    validation = Validation(recipe, environment.rank, derived.data_parallel, config.get_text_config().vocab_size)
+    validation = Validation(recipe, place.data, mesh.data, config.get_text_config().vocab_size)
     engine = build_engine(
         recipe, config, deepspeed_json, loss_spec(), environment, from_scratch=reader is not None or source is not None
     )
@@ -103,6 +107,9 @@ def build_parts(
     if (warning := untested()) is not None:
         sinks.message(warning)
     sinks.message(_summary(parts, deepspeed_json, reader))
+    hosts = ranks.gather(socket.gethostname())
+    for stage, where in zip(engine.division, rank_table(mesh, hosts), strict=bool(engine.division)):
+        sinks.message(f"{stage} ({where})")
     return parts
 
 
@@ -175,11 +182,19 @@ def _utilization(
 def _summary(parts: Parts, deepspeed_json: dict[str, Any], reader: CheckpointReader | None) -> str:
     """Return the sentence that says what is about to run."""
     derived, batch = parts.derived, parts.recipe.batch
+    replicas = "ranks" if derived.data_parallel == derived.world_size else "replicas"
     start = f"resuming at step {parts.state.step}" if reader else "starting"
     return (
         f"{start}: {format_count(parts.engine.num_parameters)} parameters, {parts.recipe.model.dtype}, "
-        f"ZeRO-{deepspeed_json['zero_optimization']['stage']} on {derived.world_size} ranks, "
+        f"ZeRO-{deepspeed_json['zero_optimization']['stage']} on {derived.world_size} ranks{_degrees(parts)}, "
         f"batch {batch.global_size} = {batch.micro_size} micro x {derived.accumulation} accumulation "
-        f"x {derived.data_parallel} ranks, {derived.total_steps} steps, "
+        f"x {derived.data_parallel} {replicas}, {derived.total_steps} steps, "
         f"{format_count(derived.total_steps * derived.tokens_per_step)} tokens"
     )
+
+
+def _degrees(parts: Parts) -> str:
+    """Return the degrees above 1, e.g. " (pipeline 2 x data 2)"."""
+    given = parts.recipe.parallel.model_dump(include={"pipeline", "tensor", "sequence", "expert"})
+    above = [f"{axis} {degree}" for axis, degree in given.items() if degree > 1]
+    return f" ({' x '.join([*above, f'data {parts.derived.data_parallel}'])})" if above else ""
