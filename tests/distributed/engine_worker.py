@@ -13,14 +13,15 @@ from torch import distributed
 
 from trainer.config.deepspeed_json import resolve_deepspeed
 from trainer.config.derive import derive
+from trainer.config.parallel import ParallelConfig
 from trainer.config.run import Recipe
 from trainer.core import environ
 from trainer.data.batches import MicroBatch
-from trainer.engine.base import StepPreview
+from trainer.engine.base import StepPreview, TrainEngine
 from trainer.engine.build import build_engine, join_group, leave_group
-from trainer.engine.zero import ZeroEngine
 from trainer.models.config import hugging_face_config
 from trainer.models.loss import LossSpec, cross_entropy_by_row
+from trainer.parallel.topology import Topology, mesh_of
 
 spec = json.load(open(sys.argv[1]))
 tokens = torch.tensor(spec["tokens"])  # [steps, sequences, sequence + 1]
@@ -30,9 +31,13 @@ poisoned = False
 """Set on one rank to make its loss NaN."""
 
 
+def mesh(case: dict) -> Topology:
+    return mesh_of(ParallelConfig.model_validate(case.get("parallel", {})), ranks.world_size)
+
+
 def recipe_of(case: dict) -> Recipe:
     steps, sequences, length = tokens.shape
-    micro = sequences // ranks.world_size // case.get("accumulation", 1)
+    micro = sequences // mesh(case).data // case.get("accumulation", 1)
     return Recipe.model_validate(
         {
             "run": {"directory": "unused", "steps": steps, "seed": spec["seed"]},
@@ -41,6 +46,7 @@ def recipe_of(case: dict) -> Recipe:
             "batch": {"global_size": sequences, "micro_size": micro},
             "deepspeed": {"base": case.get("base", f"zero{case['stage']}")} | case.get("deepspeed", {}),
             "optimizer": {"learning_rate": spec["learning_rate"]} | case.get("optimizer", {}),
+            "parallel": case.get("parallel", {}),
             "memory": {"activation_checkpointing": case.get("activation_checkpointing", "none")},
             "launch": {"processes": ranks.world_size},
         }
@@ -52,7 +58,7 @@ def loss_function(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return loss * math.nan if poisoned else loss
 
 
-def engine_of(case: dict, *, from_scratch: bool = False) -> ZeroEngine:
+def engine_of(case: dict, *, from_scratch: bool = False) -> TrainEngine:
     recipe = recipe_of(case)
     resolved = resolve_deepspeed(recipe, derive(recipe, ranks.world_size))
     return build_engine(
@@ -65,19 +71,20 @@ def engine_of(case: dict, *, from_scratch: bool = False) -> ZeroEngine:
     )
 
 
-def micro_batches(batch: torch.Tensor, accumulation: int) -> list[MicroBatch]:
-    micro = len(batch) // ranks.world_size // accumulation
+def micro_batches(batch: torch.Tensor, case: dict) -> list[MicroBatch]:
+    accumulation, shape = case.get("accumulation", 1), mesh(case)
+    micro, replica = len(batch) // shape.data // accumulation, shape.place(ranks.rank).data
     parts = []
     for index in range(accumulation):
-        rows = batch[(index * ranks.world_size + ranks.rank) * micro :][:micro]
+        rows = batch[(index * shape.data + replica) * micro :][:micro]
         targets = rows[:, 1:].clone()
         targets[targets == spec["ignored"]] = -100
         parts.append(MicroBatch(rows[:, :-1].contiguous(), targets))
     return parts
 
 
-def step(engine: ZeroEngine, number: int, case: dict, accept=lambda preview: True):
-    batches = micro_batches(tokens[number], case.get("accumulation", 1))
+def step(engine: TrainEngine, number: int, case: dict, accept=lambda preview: True):
+    batches = micro_batches(tokens[number], case)
     return engine.train_batch(batches, accept, spec["learning_rate"], False)
 
 
@@ -88,7 +95,7 @@ def parity(case: dict) -> dict:
     return {"steps": [[r.loss, r.grad_norm] for r in results], "target_tokens": [r.target_tokens for r in results]}
 
 
-def state_of(engine: ZeroEngine) -> list[tuple]:
+def state_of(engine: TrainEngine) -> list[tuple]:
     return [(s.name, s.key, s.start, s.tensor.clone()) for s in engine.iterate_state()]
 
 

@@ -78,6 +78,24 @@ WEIGHTS = [
     for dtype in ("float32", "bfloat16")
     for stage in (0, 3)
 ]
+TWO_STAGES = {"pipeline": 2}
+PIPELINE = [
+    {
+        "check": "parity", "layout": "pipeline", "stage": stage, "dtype": dtype, "accumulation": accumulation,
+        "parallel": TWO_STAGES,
+    }
+    for dtype in ("float32", "bfloat16")
+    for stage in (0, 1)
+    for accumulation in (1, 4)
+] + [
+    {
+        "check": "veto", "layout": "pipeline", "stage": stage, "dtype": dtype, "kind": kind, "accumulation": 2,
+        "parallel": TWO_STAGES,
+    }
+    for stage in (0, 1)
+    for dtype in ("float32", "bfloat16")
+    for kind in ("nan", "finite")
+]  # fmt: skip
 LOADED = [
     {"check": "weights", "stage": stage, "model": {"path": name, "config": None}, "loaded": name}
     for name in ("llama", "gpt2")
@@ -103,11 +121,12 @@ def results(directory: Path):
         config = AutoConfig.for_model(**(LLAMA if case["loaded"] == "llama" else GPT2))
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
         case["model"]["path"] = str(path)
-    cases = {1: PARITY, 2: PARITY + EXTRA + VETO + WEIGHTS + LOADED}
+    cases = {1: PARITY, 2: PARITY + EXTRA + VETO + WEIGHTS + LOADED, "pipeline": PIPELINE}
 
     @functools.cache
-    def of(world_size: int) -> list[dict[str, Any]]:
-        return run_workers(WORKER, SPEC | {"cases": cases[world_size]}, world_size, directory / str(world_size))
+    def of(which: int | str) -> list[dict[str, Any]]:
+        world_size = which if isinstance(which, int) else 2  # pipelines apart: DeepSpeed keeps their groups globally
+        return run_workers(WORKER, SPEC | {"cases": cases[which]}, world_size, directory / str(which))
 
     return of
 
@@ -168,6 +187,10 @@ def test_a_broken_model_would_be_noticed(reference, directory: Path) -> None:
 @pytest.mark.parametrize("case", range(len(VETO)))
 def test_a_vetoed_step_changes_nothing(results, case: int) -> None:
     [found] = chosen(results(2), **VETO[case])
+    check_veto(found)
+
+
+def check_veto(found: dict[str, Any]) -> None:
     result = found["result"]
     assert result["first"][0] == result["first"][1]
     assert result["asked"] == 1
@@ -175,6 +198,25 @@ def test_a_vetoed_step_changes_nothing(results, case: int) -> None:
     assert result["unchanged"]
     assert result["finite"] == (found["kind"] == "finite")
     assert result["after"] == result["expected"]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_pipeline_stages_clip_and_step_as_the_reference(results, reference, stage: int) -> None:
+    for case in chosen(results("pipeline"), check="parity", stage=stage, dtype="float32"):
+        steps = case["result"]["steps"]
+        for ours, plain in zip(steps, reference, strict=True):
+            assert abs(ours[0] - plain[0]) < 1e-5, case
+            assert math.isclose(ours[1], plain[1], rel_tol=1e-4), case
+    for case in chosen(results("pipeline"), check="parity", stage=stage, dtype="bfloat16"):
+        steps = case["result"]["steps"]
+        assert abs(steps[0][0] - reference[0][0]) < BFLOAT16_FIRST_LOSS, case
+        assert math.isclose(steps[0][1], reference[0][1], rel_tol=BFLOAT16_FIRST_NORM), case
+        assert max(abs(ours[0] - plain[0]) for ours, plain in zip(steps, reference, strict=True)) < BFLOAT16_LOSSES
+
+
+@pytest.mark.parametrize("case", range(len([case for case in PIPELINE if case["check"] == "veto"])))
+def test_a_vetoed_step_changes_no_stage(results, case: int) -> None:
+    check_veto(chosen(results("pipeline"), check="veto")[case])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

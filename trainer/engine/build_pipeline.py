@@ -52,7 +52,8 @@ def build_staged_engine(
     batches = MicroBatches()
     tied = [parameter for _, parameter in part.tied_copies(network)]
     module = StageModule(Stage(network, part), topology, batches, tied, num_tied=len(anatomy.tied))
-    optimizer = build_optimizer(recipe.optimizer, part.parameters(network), device)
+    optimizer = build_optimizer(recipe.optimizer, part.parameters(network), device, whole.named_parameters())
+    module.adopt(parameter for group in optimizer.param_groups for parameter in group["params"])
     if deepspeed_json["zero_optimization"]["stage"] == 0 and deepspeed_json.get("bf16", {}).get("enabled"):
         engine = stage0_bfloat16_engine(module, optimizer, deepspeed_json)
     else:

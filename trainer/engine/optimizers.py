@@ -15,30 +15,47 @@ NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
 def build_optimizer(
-    config: OptimizerConfig, parameters: NamedParameters, device: torch.device
+    config: OptimizerConfig, parameters: NamedParameters, device: torch.device, whole: NamedParameters | None = None
 ) -> torch.optim.Optimizer:
-    """Return the optimizer over trainable parameters in two groups, decayed and not."""
+    """Return the optimizer over trainable parameters in two groups, decayed and not.
+
+    ``whole``: the parameters of the whole model where ``parameters`` are those of a pipeline stage.
+    """
     spec = TABLE[config.name]
     settings = spec.hyperparameters(config)
-    groups = parameter_groups(parameters, settings.pop("weight_decay"))
+    groups = parameter_groups(parameters, settings.pop("weight_decay"), whole)
     # torch's fused step exists on both; elsewhere its default
     fused = True if device.type in ("cpu", "cuda") else None
     return getattr(torch.optim, spec.torch_class)(groups, weight_decay=0.0, fused=fused, **settings)
 
 
-def parameter_groups(named: NamedParameters, weight_decay: float) -> list[dict]:
-    """Split trainable parameters by whether they are decayed; empty groups are left out."""
+def parameter_groups(named: NamedParameters, weight_decay: float, whole: NamedParameters | None = None) -> list[dict]:
+    """Split trainable parameters by whether they are decayed; groups that the whole model lacks are left out.
+
+    DeepSpeed reduces norms group by group, over the ranks of all stages: every stage needs the same groups. One that
+    has nothing for a group gets a parameter that nothing uses.
+    """
+    groups = _by_decay(named)
+    used = groups if whole is None else _by_decay(whole)
+    sample = next(parameter for parameters in groups.values() for parameter in parameters)
+    return [
+        {
+            "params": groups[decay] or [nn.Parameter(torch.zeros_like(sample.detach().flatten()[:1]))],
+            "weight_decay": weight_decay if decay else 0.0,
+        }
+        for decay in (True, False)
+        if used[decay]
+    ]
+
+
+def _by_decay(named: NamedParameters) -> dict[bool, list[nn.Parameter]]:
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in named:
         if parameter.requires_grad:
             # ZeRO-3 leaves an empty tensor behind; the true shape is kept beside it.
             ndim = len(getattr(parameter, "ds_shape", parameter.shape))
             groups[decayed(name, ndim)].append(parameter)
-    return [
-        {"params": parameters, "weight_decay": weight_decay if decay else 0.0}
-        for decay, parameters in groups.items()
-        if parameters
-    ]
+    return groups
 
 
 def initialise_state(config: OptimizerConfig, optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> None:

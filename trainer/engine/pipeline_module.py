@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,12 @@ class StageModule(PipelineModule):
             loss_fn=batches.loss_of_next,
             partition_method="uniform",
         )
+
+    def adopt(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Register parameters of the optimizer that belong to no module: DeepSpeed wants a name for each."""
+        known = set(map(id, self.parameters()))
+        for number, parameter in enumerate(p for p in parameters if id(p) not in known):
+            self.register_parameter(f"unused_{number}", parameter)
 
     def _index_tied_modules(self) -> dict[str, Any]:
         """Make the groups over which gradients of tied parameters are summed; count them once in the norm."""

@@ -1,0 +1,89 @@
+"""Families and layouts against plain transformers in another process: the quick part of tools/compatibility.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+from compatibility_cases import Bench, Case
+from compatibility_configs import attention_of, tiny_config
+from compatibility_layouts import DAMAGED, layout_cases
+
+DIVERSE = {
+    "llama": "grouped queries, untied head",
+    "qwen2": "biased projections",
+    "gpt2": "tied head, learned positions",
+    "opt": "learned positions with an offset, norm defined before the blocks",
+    "bloom": "ALiBi, norm behind the embedding",
+    "falcon": "parallel blocks, one key for all queries",
+    "gpt_neox": "parallel blocks, partial rotary",
+    "phi": "parallel blocks, biased head",
+    "gemma2": "soft-capped logits, sliding window, scaled embeddings",
+    "gemma3_text": "a rotary table for each type of layer",
+    "mixtral": "mixture of experts, stored one by one",
+    "qwen3_moe": "mixture of experts",
+    "deepseek_v3": "latent attention, shared experts, dense first layer",
+    "granite": "scaled embeddings, residuals and logits",
+    "cohere": "parallel blocks, scaled logits, tied head",
+    "gpt_oss": "attention sinks",
+    "qwen3_next": "linear attention in some layers",
+    "mamba": "state space",
+    "deepseek_v4": "several streams a token",
+    "smollm3": "layers without positions",
+}
+TWO_STAGES = {"parallel": {"pipeline": 2}}
+# The others run in tests/sweep.sh.
+QUICK_LAYOUTS = [
+    case
+    for case in layout_cases()
+    if case.name.startswith("gemma3_text") or (case.name.startswith("gpt2") and "PP" in case.name)
+]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    made = Bench(tmp_path_factory.mktemp("bench"))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("family", DIVERSE)
+def test_two_stages_equal_the_whole_model(bench: Bench, family: str) -> None:
+    config = tiny_config(family)
+    outcome = bench.run(Case(family, config, recipe=TWO_STAGES, attention=attention_of(config)))
+    assert outcome.passed, outcome
+
+
+@pytest.mark.parametrize("case", QUICK_LAYOUTS, ids=lambda case: case.name)
+def test_layouts_equal_the_whole_model(bench: Bench, case: Case) -> None:
+    outcome = bench.run(case)
+    assert outcome.passed, outcome
+
+
+@pytest.mark.parametrize("case", DAMAGED, ids=lambda case: case.name)
+def test_a_broken_model_is_noticed(bench: Bench, case: Case) -> None:
+    outcome = bench.run(case)
+    assert outcome.error is None
+    assert not outcome.passed, outcome
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gemma3n_text", "has an embedding for every layer"),
+        ("hy_v4", "fails without what runs before"),
+        ("inkling2_text", "uses its embeddings"),
+        ("zaya", "a parameter outside of its modules"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_with_the_reason(bench: Bench, family: str, reason: str) -> None:
+    config = tiny_config(family)
+    outcome = bench.run(Case(family, config, recipe=TWO_STAGES, attention=attention_of(config)))
+    assert outcome.error is not None
+    assert "parallel.pipeline" in outcome.error
+    assert reason in outcome.error
