@@ -24,9 +24,10 @@ from typing import Any
 MICRO_BATCHES = (2, 4, 8, 16)
 STAGES = 2
 MICRO_SIZE, LENGTH = 2, 128
-CONFIG = {
-    "model_type": "llama", "vocab_size": 2048, "hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 8,
-    "num_attention_heads": 5, "num_key_value_heads": 5, "max_position_embeddings": 256, "tie_word_embeddings": False,
+VOCABULARY, HIDDEN = 2048, 320
+CONFIG: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 896,
+    "num_hidden_layers": 8, "num_attention_heads": 5, "num_key_value_heads": 5, "max_position_embeddings": 256, "tie_word_embeddings": False,
 }  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def measure(rank: int, port: int, repeats: int, output: Path) -> None:
     join_group(place)
     engines = {count: _engine(place, count) for count in MICRO_BATCHES}
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(CONFIG["vocab_size"], (MICRO_SIZE, LENGTH + 1), generator=generator)
+    tokens = torch.randint(VOCABULARY, (MICRO_SIZE, LENGTH + 1), generator=generator)
     batch = MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     timings: list[dict[str, Any]] = []
     for repeat in range(repeats + 1):
@@ -127,7 +128,7 @@ def _stage_alone(engine: Any, batch: Any) -> float:
     from trainer.models.loss import cross_entropy_by_row
 
     stage = next(module for module in engine._engine.module.modules() if type(module).__name__ == "Stage")
-    hidden = torch.randn(MICRO_SIZE, LENGTH, CONFIG["hidden_size"], requires_grad=True)
+    hidden = torch.randn(MICRO_SIZE, LENGTH, HIDDEN, requires_grad=True)
     received = hidden if engine._place.stage else None
     seconds: list[float] = []
     for _ in range(3):
@@ -145,17 +146,18 @@ def _stage_alone(engine: Any, batch: Any) -> float:
 
 def report(results: list[list[dict[str, Any]]], path: Path | None) -> None:
     """Print the table; the slower rank's time counts."""
-    rows = [["repeat", "micro_batches", "stage_0_seconds", "stage_1_seconds", "step_seconds"]]
+    head = ["repeat", "micro_batches", "stage_0_seconds", "stage_1_seconds", "step_seconds"]
+    rows: list[list[float]] = []
     for first, second in zip(*results, strict=True):
         step = max(first["step"], second["step"])
         rows.append([first["repeat"], first["micro_batches"], first["stage_seconds"], second["stage_seconds"], step])
     if path is not None:
         with path.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+            csv.writer(file, lineterminator="\n").writerows([head, *rows])
     print("| micro-batches | slowest stage, ms | ideal, ms | step, ms | step / ideal | bubble |")
     print("|---|---|---|---|---|---|")
     for count in MICRO_BATCHES:
-        mine = [row for row in rows[1:] if row[1] == count]
+        mine = [row for row in rows if row[1] == count]
         slowest = max(statistics.median(row[2] for row in mine), statistics.median(row[3] for row in mine))
         step = statistics.median(row[4] for row in mine)
         ideal = (count + STAGES - 1) * slowest

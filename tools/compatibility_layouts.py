@@ -10,11 +10,14 @@ from compatibility_configs import tiny_config
 
 MATRIX_FAMILIES = ("llama", "gpt2", "qwen3", "gemma3_text", "mixtral")
 ZERO = {stage: {"base": f"zero{stage}"} for stage in (0, 1, 2, 3)}
-FOUR_MICRO_BATCHES = {"global_size": 4, "micro_size": 1}
 
 
 def _stages(pipeline: int, zero: int, world_size: int, **sections: Any) -> tuple[int, dict[str, Any]]:
     return world_size, {"parallel": {"pipeline": pipeline}, "deepspeed": ZERO[zero], **sections}
+
+
+def _sequences(sequence: int, zero: int, world_size: int, **sections: Any) -> tuple[int, dict[str, Any]]:
+    return world_size, {"parallel": {"sequence": sequence}, "deepspeed": ZERO[zero], **sections}
 
 
 # name -> (ranks, sections of the recipe)
@@ -30,8 +33,21 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP 2, one micro-batch": _stages(2, 1, 2, batch={"global_size": 4, "micro_size": 4}),
     "PP 2, recomputed": _stages(2, 1, 2, memory={"activation_checkpointing": "full"}),
     "PP 2, balanced by parameters": _stages(2, 1, 2, parallel={"pipeline": 2, "balance": "parameters"}),
+    **{f"SP 2, ZeRO-{zero}": _sequences(2, zero, 2) for zero in (1, 2, 3)},
+    "SP 2 x DP 2, ZeRO-1": _sequences(2, 1, 4),
+    "SP 2, recomputed": _sequences(2, 3, 2, memory={"activation_checkpointing": "full"}),
+    "SP 2, four sequences at a time": _sequences(2, 1, 2, batch={"global_size": 4, "micro_size": 4}),
 }
-PACKED = ("1 rank", "DP 2, ZeRO-3", "PP 2, ZeRO-1", "PP 2 x DP 2, ZeRO-1", "PP 2, recomputed")
+PACKED = (
+    "SP 2, ZeRO-1",
+    "SP 2, ZeRO-3",
+    "SP 2, recomputed",
+    "1 rank",
+    "DP 2, ZeRO-3",
+    "PP 2, ZeRO-1",
+    "PP 2 x DP 2, ZeRO-1",
+    "PP 2, recomputed",
+)
 
 DAMAGED = tuple(
     Case(f"{kind}, {damage}", tiny_config(kind), recipe=LAYOUTS["PP 2, ZeRO-1"][1], damage=damage)

@@ -24,7 +24,10 @@ def families() -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     common = {field.name for field in dataclasses.fields(PretrainedConfig)} | set(PretrainedConfig().to_dict())
-    entries = {name: _family(CONFIG_MAPPING[name], common) for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
+    entries = {
+        name: _family(CONFIG_MAPPING[name], common) | {"attention_interface": _attention_interface(name)}
+        for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    }
     return {"transformers": transformers.__version__, "common": sorted(common), "families": entries}
 
 
@@ -44,6 +47,18 @@ def _family(config: Any, common: set[str]) -> dict[str, Any]:
     }
     names = dict(sorted((config.attribute_map or {}).items()))
     return entry | ({"attribute_map": names} if names else {})
+
+
+def _attention_interface(name: str) -> bool:
+    """Return whether the family's attention goes through transformers' interface, where another core can be put."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        model = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[name]]
+    except (ImportError, KeyError):
+        return False
+    return bool(getattr(model, "_supports_attention_backend", False))
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

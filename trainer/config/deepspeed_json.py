@@ -75,9 +75,11 @@ def _resolve(recipe: Recipe, derived: Derived) -> tuple[dict[str, Any] | None, l
 
 def _agreed(recipe: Recipe, derived: Derived) -> tuple[tuple[str, Any, str], ...]:
     """Return (path, value, where it comes from) of what the recipe decides and the JSON may only repeat."""
+    # Ranks that share a sequence are data-parallel ones to DeepSpeed.
+    batch = "batch.global_size" + (" x parallel.sequence" if recipe.parallel.sequence > 1 else "")
     triangle = "batch.global_size / (batch.micro_size x data-parallel ranks)"
     return (
-        ("train_batch_size", recipe.batch.global_size, "batch.global_size"),
+        ("train_batch_size", recipe.batch.global_size * recipe.parallel.sequence, batch),
         ("train_micro_batch_size_per_gpu", recipe.batch.micro_size, "batch.micro_size"),
         ("gradient_accumulation_steps", derived.accumulation, triangle),
         ("gradient_clipping", recipe.optimizer.clip_norm, "optimizer.clip_norm"),
@@ -106,6 +108,8 @@ def _fill_agreed(resolved: dict[str, Any], file: DeepSpeedFile, recipe: Recipe, 
         if found != "auto" and not same(found, wanted):
             yield Problem(file.key(path), found, f"disagrees with {source} = {_json(wanted)}", "remove it")
         _set(resolved, path, wanted)
+    resolved.pop("sequence_parallel_size", None)  # the trainer's own, see models/shard_sequence.py
+    resolved.pop("data_parallel_size", None)
 
 
 def _fill_free(resolved: dict[str, Any], recipe: Recipe) -> None:

@@ -21,6 +21,9 @@ from trainer.engine.upstream.zero3_sharding import Zero3Sharding
 from trainer.engine.zero import ZeroEngine
 from trainer.models.build import build_model
 from trainer.models.loss import LossSpec
+from trainer.models.shard_sequence import ATTENTION, SequenceAttention
+from trainer.parallel.groups import axis_group
+from trainer.parallel.topology import mesh_of
 
 
 def join_group(environment: RankEnvironment, timeout_seconds: float = 600.0) -> None:
@@ -57,6 +60,11 @@ def build_engine(
         return build_staged_engine(recipe, model, config, deepspeed_json, loss, environment)
     stage = deepspeed_json["zero_optimization"]["stage"]
     device = training_device(environment.local_rank)
+    mesh = mesh_of(recipe.parallel, environment.world_size)
+    sequence = None
+    if recipe.parallel.sequence > 1:
+        sequence = SequenceAttention(axis_group(mesh, "sequence"), config)
+        model = model.model_copy(update={"attention": ATTENTION})
     network = build_model(
         model,
         config,
@@ -71,4 +79,4 @@ def build_engine(
         engine = stage0_bfloat16_engine(network, optimizer, deepspeed_json)
     else:
         engine = deepspeed.initialize(model=network, optimizer=optimizer, config=deepspeed_json)[0]
-    return ZeroEngine(engine, loss, recipe.optimizer, stage, recipe.optimizer.clip_norm, len(recipe.data.train))
+    return ZeroEngine(engine, loss, recipe.optimizer, stage, len(recipe.data.train), mesh, sequence)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -17,12 +17,15 @@ from trainer.engine.base import Accept, StateReader, StateSlice, StepResult
 from trainer.engine.gate import Gate, step_result
 from trainer.engine.inputs import model_inputs
 from trainer.engine.optimizers import MasterState, initialise_state
+from trainer.engine.sequence import local_part
 from trainer.engine.state import load_slices
 from trainer.engine.state_replicated import ReplicatedState, persistent_buffers, replicated_tensors
 from trainer.engine.state_zero3 import Zero3State
 from trainer.engine.state_zero12 import FlatPartitionState
 from trainer.engine.totals import StepTotals
 from trainer.models.loss import LossSpec
+from trainer.models.shard_sequence import SequenceAttention
+from trainer.parallel.topology import Topology
 
 
 class ZeroEngine:
@@ -34,9 +37,12 @@ class ZeroEngine:
         loss: LossSpec,
         optimizer: OptimizerConfig,
         stage: int,
-        clip_norm: float,
         num_sources: int,
+        mesh: Topology,
+        sequence: SequenceAttention | None = None,
     ) -> None:
+        self._sequence = sequence
+        self._mesh = mesh
         self._engine = engine
         self._network = cast("nn.Module", engine.module)
         self._loss = loss
@@ -51,7 +57,7 @@ class ZeroEngine:
         self._plain_norm: torch.Tensor | None = None
         if stage == 0 and not engine.bfloat16_enabled():
             # DeepSpeed computes this norm only when it clips, and then throws it away.
-            self._clip_norm = clip_norm
+            self._clip_norm = optimizer.clip_norm
             engine.clip_fp32_gradients = self._clip_and_keep_norm
         self._gate = Gate(self._base)
 
@@ -83,12 +89,13 @@ class ZeroEngine:
         self._network.train()
         for group in self._base.param_groups:
             group["lr"] = learning_rate
-        totals = StepTotals(batches, self._num_sources, stop_requested, self._device)
+        parts = [self._local(batch) for batch in batches]
+        totals = StepTotals(parts, self._num_sources, stop_requested, self._device)
         # DeepSpeed averages gradients over ranks: undo that, then divide by the global count.
         scale = self._world_size / totals.target_tokens
         boundary = started
         for index, batch in enumerate(batches):
-            losses = self._forward(batch, totals.targets[index])
+            losses = self._forward(batch, parts[index], totals.targets[index])
             totals.add_losses(index, losses)
             self._engine.backward(losses.sum() * scale, scale_wrt_gas=False)
             if index + 1 == len(batches):
@@ -103,8 +110,9 @@ class ZeroEngine:
     def evaluate_batch(self, batch: MicroBatch) -> tuple[float, int]:
         """Return this rank's summed loss and target count. Collective under ZeRO-3: call it as often on every rank."""
         self._network.eval()
-        targets = batch.targets.to(self._device)
-        return float(self._forward(batch, targets).sum()), int((targets >= 0).sum())
+        part = self._local(batch)
+        targets = part.targets.to(self._device)
+        return float(self._forward(batch, part, targets).sum()), int((targets >= 0).sum())
 
     def iterate_state(self) -> Iterator[StateSlice]:
         """Yield trained parameters with their optimizer state, then frozen parameters and persistent buffers."""
@@ -125,10 +133,20 @@ class ZeroEngine:
         self._engine.destroy()
         gc.collect()
 
-    def _forward(self, batch: MicroBatch, targets: torch.Tensor) -> torch.Tensor:
-        """Return the loss sum of each row, [micro]."""
-        inputs = model_inputs(batch, self._network, self._device)
+    def _local(self, batch: MicroBatch) -> MicroBatch:
+        """Return what of a micro-batch this rank computes: its part of each sequence, or all."""
+        place = self._mesh.place(self._rank)
+        return local_part(batch, place.sequence, self._mesh.sequence) if self._mesh.sequence > 1 else batch
+
+    def _forward(self, batch: MicroBatch, part: MicroBatch, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss sum of each row over this rank's ``part`` of the micro-batch, [micro]."""
+        if self._sequence is not None:
+            packed = batch.position_ids is not None and batch.document_ids is not None
+            self._sequence.enter(batch.document_ids.to(self._device) if packed else None)  # type: ignore[union-attr]
+        inputs = model_inputs(part, self._network, self._device)
         logits = self._engine(**inputs, use_cache=False).logits
+        if self._sequence is not None:
+            self._sequence.leave(str(cast("Any", self._network).config.model_type))
         return self._loss.function(logits.view(*targets.shape, -1), targets)
 
     def _state_access(self, masters: MasterState) -> ReplicatedState | FlatPartitionState | Zero3State:

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 from trainer.config.deepspeed_rules import value_at
 from trainer.config.derive import derive_problems
+from trainer.config.model_fields import family_table
 from trainer.core.errors import Problem
 from trainer.preflight.facts import NOT_AVAILABLE, Facts, Failing, Rule
 
 
 def _degrees(facts: Facts) -> Iterator[Problem]:
-    for axis in ("tensor", "sequence", "expert"):
+    for axis in ("tensor", "expert"):
         degree = getattr(facts.recipe.parallel, axis)
         if degree > 1:
             yield Problem(f"parallel.{axis}", degree, f"{axis} parallelism {NOT_AVAILABLE}", "set it to 1")
@@ -47,6 +48,49 @@ def _family_in_stages(facts: Facts) -> Iterator[Problem]:
             yield Problem("parallel.pipeline", facts.recipe.parallel.pipeline, rule, "set it to 1")
 
 
+def _sequence(facts: Facts) -> Iterator[Problem]:
+    """Ulysses gives each rank whole sequences of some heads."""
+    degree, recipe, model = facts.recipe.parallel.sequence, facts.recipe, facts.model
+    if degree == 1:
+        return
+    key = "parallel.sequence"
+    length, heads = recipe.data.sequence_length, model.number("num_attention_heads")
+    if length % degree:
+        below = length - length % degree
+        fix = f"set data.sequence_length to {below or degree}, or parallel.sequence to a divisor of {length}"
+        yield Problem(key, degree, f"does not divide data.sequence_length = {length}", fix)
+    if heads is not None and heads % degree:
+        divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        yield Problem(key, degree, f"does not divide the model's {heads} attention heads", f"use one of {divisors}")
+    if recipe.parallel.pipeline > 1:
+        fix = "set parallel.pipeline: 1; with deepspeed.base: zero3 a large model fits too"
+        yield Problem(key, degree, "sequence ranks and pipeline stages don't combine", fix)
+    if recipe.model.attention != "sdpa":
+        rule = f"the exchange between ranks has a core for sdpa, not for {recipe.model.attention}"
+        yield Problem(key, degree, rule, "set model.attention: sdpa")
+    family = family_table()["families"].get(model.model_type, {})
+    if not family.get("attention_interface", True):
+        rule = f"{model.model_type}'s attention does not go through transformers' interface"
+        yield Problem(key, degree, rule, "set it to 1")
+    others = sorted({str(kind) for kind in model.get("layer_types") or ()} - SEQUENCE_LAYER_TYPES)
+    if others:
+        rule = f"{model.model_type} has layers of {', '.join(others)}, which need whole sequences on every rank"
+        yield Problem(key, degree, rule, "set it to 1")
+
+
+def _inside_a_node(facts: Facts) -> Iterator[Problem]:
+    """Tensor and sequence ranks exchange activations in every layer."""
+    launch, parallel = facts.recipe.launch, facts.recipe.parallel
+    if launch.launcher != "slurm":
+        return
+    per_node = launch.slurm.gpus_per_node or launch.processes
+    for axis, together in (("tensor", parallel.tensor), ("sequence", parallel.tensor * parallel.sequence)):
+        degree = getattr(parallel, axis)
+        if degree > 1 and per_node % together:
+            rule = f"its groups of {together} ranks would lie on several nodes of {per_node} ranks"
+            yield Problem(f"parallel.{axis}", degree, rule, f"use a degree that divides {per_node}")
+
+
 def _divisible(facts: Facts) -> Iterator[Problem]:
     yield from (problem for problem in derive_problems(facts.recipe, facts.world_size) if problem.key == "parallel")
 
@@ -61,6 +105,8 @@ UNCUTTABLE = {
     "num_kv_shared_layers": "shares keys and values between layers",
     "hidden_size_per_layer_input": "has an embedding for every layer",
 }
+
+SEQUENCE_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 RULES = (
     Rule("parallel degrees available", _degrees, Failing({"parallel.tensor": 2})),
@@ -81,6 +127,34 @@ RULES = (
         "families that can be cut",
         _family_in_stages,
         Failing({"parallel.pipeline": 2, "model.config": {"model_type": "gemma3n_text"}}),
+    ),
+    Rule("sequence length divisible", _sequence, Failing({"parallel.sequence": 2, "data.sequence_length": 33})),
+    Rule("heads divisible by sequence ranks", _sequence, Failing({"parallel.sequence": 8}, world_size=8)),
+    Rule(
+        "sequence ranks without stages",
+        _sequence,
+        Failing({"parallel.sequence": 2, "parallel.pipeline": 2}, world_size=4),
+    ),
+    Rule("sequence ranks and attention", _sequence, Failing({"parallel.sequence": 2, "model.attention": "eager"})),
+    Rule(
+        "sequence ranks and families",
+        _sequence,
+        Failing({"parallel.sequence": 2, "model.config": {"model_type": "bloom"}}),
+    ),
+    Rule(
+        "sequence ranks and layers",
+        _sequence,
+        Failing(
+            {
+                "parallel.sequence": 2,
+                "model.config": {"model_type": "qwen3_next", "layer_types": ["linear_attention"] * 48},
+            }
+        ),
+    ),
+    Rule(
+        "sequence ranks inside a node",
+        _inside_a_node,
+        Failing({"parallel.sequence": 2, "launch.launcher": "slurm", "launch.slurm": {"nodes": 2, "gpus_per_node": 1}}),
     ),
     Rule("world size divisible by the mesh", _divisible, Failing({"parallel.pipeline": 2}, world_size=3)),
     Rule("batch triangle", _batch, Failing({"batch.global_size": 7})),
