@@ -27,7 +27,8 @@ MICRO_SIZE, LENGTH = 2, 128
 VOCABULARY, HIDDEN = 2048, 320
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 896,
-    "num_hidden_layers": 8, "num_attention_heads": 5, "num_key_value_heads": 5, "max_position_embeddings": 256, "tie_word_embeddings": False,
+    "num_hidden_layers": 8, "num_attention_heads": 5, "num_key_value_heads": 5,
+    "max_position_embeddings": 256, "tie_word_embeddings": False,
 }  # fmt: skip
 
 

@@ -72,7 +72,8 @@ def described(outcome: Outcome) -> str:
     """Return the deviations, or the reason there are none."""
     if outcome.error is not None:
         return outcome.error
-    numbers = f"loss {outcome.loss:.1e}, gradient {outcome.gradient:.1e}, weights {outcome.weight:.1e}"
+    loss, gradient, weights = outcome.numbers
+    numbers = f"loss {loss}, gradient {gradient or 'not told'}, weights {weights}"
     return numbers + (f", initial weights {outcome.initial:.1e}" if outcome.initial else "")
 
 
@@ -111,7 +112,7 @@ def _family_lines(by_family: dict[str, Outcome], damaged: dict[str, Outcome], se
     ]
     for name, outcome in sorted(passed.items()):
         plan = "yes" if name in planned else ""
-        lines.append(f"| {name} | {plan} | {outcome.loss:.1e} | {outcome.gradient:.1e} | {outcome.weight:.1e} |")
+        lines.append(f"| {name} | {plan} | {' | '.join(outcome.numbers)} |")
     lines += ["", "Not in stages:", "", "| family | plan | reason |", "|---|---|---|"]
     for name, outcome in sorted(by_family.items()):
         if not outcome.passed:
@@ -125,7 +126,7 @@ def _rows(outcomes: dict[str, Outcome]) -> list[str]:
         return []
     lines = ["| case | loss | gradient | weights | |", "|---|---|---|---|---|"]
     for name, o in outcomes.items():
-        numbers = "| | " if o.error else f"{o.loss:.1e} | {o.gradient:.1e} | {o.weight:.1e}"
+        numbers = "| | " if o.error else " | ".join(o.numbers)
         lines.append(f"| {name} | {numbers} | {'passed' if o.passed else '**red** ' + (o.error or '')} |")
     return lines
 

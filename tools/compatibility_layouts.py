@@ -20,6 +20,11 @@ def _sequences(sequence: int, zero: int, world_size: int, **sections: Any) -> tu
     return world_size, {"parallel": {"sequence": sequence}, "deepspeed": ZERO[zero], **sections}
 
 
+def _optimizer(name: str, pipeline: int, **settings: Any) -> tuple[int, dict[str, Any]]:
+    # Steps of the gradient's sign, or nearly so: a smaller rate, so that one flipped sign stays within the bound.
+    return _stages(pipeline, 1, 2, optimizer={"name": name, "learning_rate": 1e-4, **settings})
+
+
 # name -> (ranks, sections of the recipe)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1 rank": _stages(1, 0, 1),
@@ -33,6 +38,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP 2, one micro-batch": _stages(2, 1, 2, batch={"global_size": 4, "micro_size": 4}),
     "PP 2, recomputed": _stages(2, 1, 2, memory={"activation_checkpointing": "full"}),
     "PP 2, balanced by parameters": _stages(2, 1, 2, parallel={"pipeline": 2, "balance": "parameters"}),
+    "Lion, DP 2, ZeRO-1": _optimizer("lion", 1, betas=[0.9, 0.99], weight_decay=0.0),
+    "Lion, PP 2, ZeRO-1": _optimizer("lion", 2, betas=[0.9, 0.99], weight_decay=0.0),
+    "Adagrad, DP 2, ZeRO-1": _optimizer("adagrad", 1, epsilon=1e-3, weight_decay=0.0),
     **{f"SP 2, ZeRO-{zero}": _sequences(2, zero, 2) for zero in (1, 2, 3)},
     "SP 2 x DP 2, ZeRO-1": _sequences(2, 1, 4),
     "SP 2, recomputed": _sequences(2, 3, 2, memory={"activation_checkpointing": "full"}),

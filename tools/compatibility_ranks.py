@@ -130,7 +130,7 @@ def _case(job: dict[str, Any], place: RankEnvironment) -> None:
         mine = [_rows(batches, step, slice(start, start + micro)) for start in starts]
         result = engine.train_batch(mine, lambda preview: True, recipe.optimizer.learning_rate, False)
         steps.append([result.loss, result.grad_norm])
-        if step == 0:
+        if step == 0 and recipe.optimizer.name == "sgd":
             _save(engine, "momentum", output / "gradients.safetensors")
     _save(engine, "weight", output / "weights.safetensors")
     if place.rank == 0:

@@ -1,8 +1,8 @@
 """Plain transformers and PyTorch in one process: what every layout must reproduce. Imports nothing of the trainer.
 
 Reads a JSON object a line: {"config": {...}, "dtype": "float32", "attention": "sdpa", "seed": N, "noise": x,
-"batches": PATH, "learning_rate": x, "momentum": x, "output": DIRECTORY}. Writes into ``output`` the initial weights as
-transformers initialises them (``initial.safetensors``), the model with noise on top as a directory to load
+"batches": PATH, "optimizer": {the recipe's section}, "output": DIRECTORY}. Writes into ``output`` the initial weights
+as transformers initialises them (``initial.safetensors``), the model with noise on top as a directory to load
 (``model/``), and the same files as ``compatibility_ranks.py``. Answers with {"error": null or text}.
 """
 
@@ -54,7 +54,7 @@ def run(job: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         output / "model", dtype=torch.float32, attn_implementation=job["attention"]
     ).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=job["learning_rate"], momentum=job["momentum"])
+    optimizer = _optimizer(model, job["optimizer"])
     batches = load_file(job["batches"])
     steps: list[list[float]] = []
     for step, tokens in enumerate(batches["tokens"]):
@@ -74,6 +74,34 @@ def run(job: dict[str, Any]) -> None:
         optimizer.step()
     _write(dict(model.named_parameters()), output / "weights.safetensors")
     (output / "result.json").write_text(json.dumps({"steps": steps}))
+
+
+class _Lion(torch.optim.Optimizer):
+    """Algorithm 2 of https://arxiv.org/abs/2302.06675."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        del closure
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for parameter in group["params"]:
+                momentum = self.state[parameter].setdefault("m", torch.zeros_like(parameter))
+                update = torch.sign(first * momentum + (1 - first) * parameter.grad)
+                self.state[parameter]["m"] = second * momentum + (1 - second) * parameter.grad
+                parameter.copy_(parameter - group["lr"] * (update + group["weight_decay"] * parameter))
+
+
+def _optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    """Return torch's own by the recipe's name; Lion, which torch has not, is written out above."""
+    settings = dict(settings)
+    name, rate = settings.pop("name"), settings.pop("learning_rate")
+    settings.pop("clip_norm")
+    if "epsilon" in settings:
+        settings["eps"] = settings.pop("epsilon")
+    if name == "lion":
+        return _Lion(model.parameters(), {"lr": rate, **settings})
+    made = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}[name]
+    return made(model.parameters(), lr=rate, **settings)
 
 
 def _initialised(job: dict[str, Any]) -> PreTrainedModel:

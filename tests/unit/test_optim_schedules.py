@@ -44,6 +44,15 @@ def schedule(**values: Any) -> ScheduleConfig:
         ({"name": "constant", "warmup_steps": 20}, 10, 0.5),
         ({"name": "constant", "warmup_steps": 20}, 200, 1.0),
         ({"name": "linear", "warmup_steps": 300}, 200, 2 / 3),
+        ({"name": "wsd", "warmup_steps": 20}, 10, 0.5),
+        ({"name": "wsd", "warmup_steps": 20}, 180, 1.0),
+        ({"name": "wsd", "warmup_steps": 20}, 190, 0.55),
+        ({"name": "wsd", "warmup_steps": 20}, 200, 0.1),
+        ({"name": "wsd", "warmup_steps": 20, "decay_ratio": 1.0}, 110, 0.55),
+        ({"name": "wsd", "warmup_steps": 0, "decay_steps": 100, "decay_ratio": 0.5, "minimum_ratio": 0.0}, 75, 0.5),
+        ({"name": "inverse_sqrt", "warmup_steps": 50}, 25, 0.5),
+        ({"name": "inverse_sqrt", "warmup_steps": 50}, 200, 0.5),
+        ({"name": "inverse_sqrt", "warmup_steps": 50}, 50_000, 0.1),
     ],
 )
 def test_known_values_of_a_run_of_200_steps(settings: dict[str, Any], step: int, expected: float) -> None:

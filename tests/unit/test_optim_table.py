@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
 import torch
 
 from trainer.config.optimizer import OptimizerConfig
-from trainer.optim.groups import decayed
+from trainer.engine.lion import Lion
+from trainer.optim.groups import GroupSettings, decayed, group_settings
 from trainer.optim.table import TABLE
 
 pytestmark = pytest.mark.fast
@@ -17,6 +19,8 @@ CONFIGS = [
     {"name": "adamw", "betas": (0.8, 0.9), "epsilon": 1e-6},
     {"name": "sgd"},
     {"name": "sgd", "momentum": 0.9, "weight_decay": 0.0},
+    {"name": "lion", "betas": (0.9, 0.99)},
+    {"name": "adagrad", "epsilon": 1e-7},
 ]
 
 
@@ -30,7 +34,8 @@ def test_state_and_hyperparameters_are_torchs(settings: dict[str, Any]) -> None:
     config = OptimizerConfig.model_validate(settings)
     spec = TABLE[config.name]
     parameter = torch.nn.Parameter(torch.ones(3, 4))
-    optimizer = getattr(torch.optim, spec.torch_class)([parameter], **spec.hyperparameters(config))
+    module, name = spec.implementation.rsplit(".", 1)
+    optimizer = getattr(importlib.import_module(module), name)([parameter], **spec.hyperparameters(config))
     parameter.grad = torch.ones(3, 4)
     optimizer.step()
     state = {key: value for key, value in optimizer.state[parameter].items() if value is not None}
@@ -41,10 +46,9 @@ def test_state_and_hyperparameters_are_torchs(settings: dict[str, Any]) -> None:
     group = optimizer.param_groups[0]
     assert group["lr"] == config.learning_rate
     assert group["weight_decay"] == config.weight_decay
-    if config.name == "adamw":
-        assert (group["betas"], group["eps"]) == (config.betas, config.epsilon)
-    else:
-        assert group["momentum"] == config.momentum
+    named = {"betas": config.betas, "eps": config.epsilon, "momentum": config.momentum}
+    wanted = {"adamw": ("betas", "eps"), "sgd": ("momentum",), "lion": ("betas",), "adagrad": ("eps",)}[config.name]
+    assert {key: group[key] for key in wanted} == {key: named[key] for key in wanted}
 
 
 def test_logical_names() -> None:
@@ -90,3 +94,38 @@ def test_matrices_are_decayed(name: str, ndim: int) -> None:
 )
 def test_vectors_norms_and_biases_are_not(name: str, ndim: int) -> None:
     assert not decayed(name, ndim)
+
+
+def test_lion_is_the_papers() -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(5, 3), torch.randn(4, 5, 3)
+    parameter = torch.nn.Parameter(start.clone())
+    optimizer = Lion([parameter], lr=0.1, betas=(0.9, 0.99), weight_decay=0.5)
+    weight, momentum = start.double(), torch.zeros(5, 3, dtype=torch.float64)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        # algorithm 2, line by line
+        update = (0.9 * momentum + 0.1 * gradient.double()).sign()
+        momentum = 0.99 * momentum + 0.01 * gradient.double()
+        weight = weight - 0.1 * (update + 0.5 * weight)
+    assert torch.allclose(parameter.double(), weight, atol=1e-5)
+    assert torch.allclose(optimizer.state[parameter]["exp_avg"].double(), momentum, atol=1e-6)
+
+
+def test_groups_by_name() -> None:
+    config = OptimizerConfig.model_validate(
+        {
+            "weight_decay": 0.1,
+            "groups": [
+                {"pattern": r"embed", "learning_rate_ratio": 0.5},
+                {"pattern": r"^lm_head", "weight_decay": 0.02},
+                {"pattern": r".", "learning_rate_ratio": 2.0},
+            ],
+        }
+    )
+    assert group_settings("model.embed_tokens.weight", 2, config) == GroupSettings(0.1, 0.5)
+    assert group_settings("lm_head.weight", 2, config) == GroupSettings(0.02, 1.0)
+    assert group_settings("lm_head.bias", 1, config) == GroupSettings(0.02, 1.0)
+    assert group_settings("model.norm.weight", 1, config) == GroupSettings(0.0, 2.0)
+    assert group_settings("model.norm.weight", 1, OptimizerConfig(weight_decay=0.1)) == GroupSettings(0.0, 1.0)

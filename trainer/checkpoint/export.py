@@ -52,7 +52,7 @@ def export_checkpoint(
 
 
 def load_checkpoint_model(reader: CheckpointReader, dtype: str | None) -> PreTrainedModel:
-    """Return the checkpoint's model on the CPU in ``dtype`` (default: the run's), dropout off.
+    """Return the checkpoint's model on the CPU in ``dtype`` (default: the run's), dropout off, vocabulary unpadded.
 
     Raises CheckpointError if names or shapes don't match the model its config describes.
     """
@@ -73,6 +73,9 @@ def load_checkpoint_model(reader: CheckpointReader, dtype: str | None) -> PreTra
             if tensor is None or tuple(tensor.shape) != reader.shape(name):
                 raise CheckpointError(f"{reader.directory}: {name} {reader.shape(name)} does not fit the model")
             tensor.copy_(reader.whole(name))
+    unpadded = reader.model.get("unpadded_vocabulary_size")
+    if unpadded is not None:
+        model.resize_token_embeddings(unpadded)
     return model
 
 

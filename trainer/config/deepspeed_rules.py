@@ -91,7 +91,7 @@ REFUSED: tuple[Refused, ...] = (
 )
 
 FP32 = ("fp32", "float32", "float", "torch.float32", "auto", None)
-OPTIMIZER_TYPES = {"adamw": ("adamw", "adam"), "sgd": ("sgd",)}
+OPTIMIZER_TYPES = {"adamw": ("adamw", "adam"), "sgd": ("sgd",), "lion": ("lion",), "adagrad": ("adagrad",)}
 # Say how the update is computed, not what it is: without effect, because the trainer brings its own optimizer.
 IMPLEMENTATION_PARAMS = {"torch_adam", "fused", "foreach", "capturable", "set_grad_none", "differentiable"}
 DEFAULT_PARAMS: dict[str, Any] = {
@@ -175,10 +175,12 @@ def _optimizer_problems(section: Mapping[str, Any], file: DeepSpeedFile, recipe:
         "weight_decay": ("optimizer.weight_decay", optimizer.weight_decay),
         "max_grad_norm": ("optimizer.clip_norm", optimizer.clip_norm),
     }
-    if optimizer.name == "adamw":
-        agreed |= {"betas": ("optimizer.betas", list(optimizer.betas)), "eps": ("optimizer.epsilon", optimizer.epsilon)}
-    else:
-        agreed |= {"momentum": ("optimizer.momentum", optimizer.momentum)}
+    if optimizer.name in ("adamw", "lion"):
+        agreed["betas"] = ("optimizer.betas", list(optimizer.betas))
+    if optimizer.name in ("adamw", "adagrad"):
+        agreed["eps"] = ("optimizer.epsilon", optimizer.epsilon)
+    if optimizer.name == "sgd":
+        agreed["momentum"] = ("optimizer.momentum", optimizer.momentum)
     params = section.get("params")
     for name, value in cast("Mapping[str, Any]", params).items() if isinstance(params, Mapping) else ():
         path = f"optimizer.params.{name}"

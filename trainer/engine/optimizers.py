@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from trainer.config.optimizer import OptimizerConfig
-from trainer.optim.groups import decayed
+from trainer.optim.groups import GroupSettings, group_settings
 from trainer.optim.table import TABLE
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
@@ -17,45 +19,53 @@ NamedParameters = Iterable[tuple[str, nn.Parameter]]
 def build_optimizer(
     config: OptimizerConfig, parameters: NamedParameters, device: torch.device, whole: NamedParameters | None = None
 ) -> torch.optim.Optimizer:
-    """Return the optimizer over trainable parameters in two groups, decayed and not.
+    """Return the optimizer over trainable parameters, grouped by weight decay and learning rate.
 
     ``whole``: the parameters of the whole model where ``parameters`` are those of a pipeline stage.
     """
     spec = TABLE[config.name]
-    settings = spec.hyperparameters(config)
-    groups = parameter_groups(parameters, settings.pop("weight_decay"), whole)
-    # torch's fused step exists on both; elsewhere its default
-    fused = True if device.type in ("cpu", "cuda") else None
-    return getattr(torch.optim, spec.torch_class)(groups, weight_decay=0.0, fused=fused, **settings)
+    settings = spec.hyperparameters(config) | {"weight_decay": 0.0}
+    if spec.fused and device.type in ("cpu", "cuda"):
+        settings["fused"] = True
+    module, name = spec.implementation.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)(parameter_groups(parameters, config, whole), **settings)
 
 
-def parameter_groups(named: NamedParameters, weight_decay: float, whole: NamedParameters | None = None) -> list[dict]:
-    """Split trainable parameters by whether they are decayed; groups that the whole model lacks are left out.
+def parameter_groups(
+    named: NamedParameters, config: OptimizerConfig, whole: NamedParameters | None = None
+) -> list[dict[str, Any]]:
+    """Split trainable parameters by how they are trained; groups that the whole model lacks are left out.
 
     DeepSpeed reduces norms group by group, over the ranks of all stages: every stage needs the same groups. One that
     has nothing for a group gets a parameter that nothing uses.
     """
-    groups = _by_decay(named)
-    used = groups if whole is None else _by_decay(whole)
+    groups = _grouped(named, config)
+    used = groups if whole is None else _grouped(whole, config)
     sample = next(parameter for parameters in groups.values() for parameter in parameters)
     return [
         {
-            "params": groups[decay] or [nn.Parameter(torch.zeros_like(sample.detach().flatten()[:1]))],
-            "weight_decay": weight_decay if decay else 0.0,
+            "params": groups.get(settings) or [nn.Parameter(torch.zeros_like(sample.detach().flatten()[:1]))],
+            "weight_decay": settings.weight_decay,
+            "learning_rate_ratio": settings.learning_rate_ratio,
         }
-        for decay in (True, False)
-        if used[decay]
+        for settings in sorted(used, reverse=True)
     ]
 
 
-def _by_decay(named: NamedParameters) -> dict[bool, list[nn.Parameter]]:
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+def _grouped(named: NamedParameters, config: OptimizerConfig) -> dict[GroupSettings, list[nn.Parameter]]:
+    groups: dict[GroupSettings, list[nn.Parameter]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
             # ZeRO-3 leaves an empty tensor behind; the true shape is kept beside it.
             ndim = len(getattr(parameter, "ds_shape", parameter.shape))
-            groups[decayed(name, ndim)].append(parameter)
+            groups.setdefault(group_settings(name, ndim, config), []).append(parameter)
     return groups
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the schedule's learning rate, times each group's own ratio."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["learning_rate_ratio"]
 
 
 def initialise_state(config: OptimizerConfig, optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> None:
@@ -64,6 +74,9 @@ def initialise_state(config: OptimizerConfig, optimizer: torch.optim.Optimizer, 
     A step vetoed at the very start then leaves the same state as one that was never taken.
     """
     spec = TABLE[config.name]
+    current = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter in [p for p in optimizer.state if id(p) not in current]:
+        del optimizer.state[parameter]  # made for parameters that DeepSpeed has put flat ones in place of
     for parameter in parameters:
         state = optimizer.state[parameter]
         if state:

@@ -17,7 +17,7 @@ from trainer.data.batches import MicroBatch
 from trainer.engine.base import Accept, StateReader, StateSlice, StepResult
 from trainer.engine.gate import Gate, Reading, step_result
 from trainer.engine.inputs import model_inputs
-from trainer.engine.optimizers import MasterState, initialise_state
+from trainer.engine.optimizers import MasterState, initialise_state, set_learning_rate
 from trainer.engine.pipeline_module import MicroBatches
 from trainer.engine.state import load_slices
 from trainer.engine.state_replicated import ReplicatedState, persistent_buffers, replicated_tensors
@@ -111,8 +111,7 @@ class StagedEngine:
     ) -> StepResult:
         """Run one optimizer step. See TrainEngine."""
         started = time.perf_counter()
-        for group in self._base.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._base, learning_rate)
         totals = StepTotals(batches, self._num_sources, stop_requested, self._device, counts=self._place.stage == 0)
         # DeepSpeed averages gradients over replicas and micro-batches: undo that, then divide by the global count.
         scale = self._topology.data * len(batches) / totals.target_tokens

@@ -16,7 +16,7 @@ from trainer.data.batches import MicroBatch
 from trainer.engine.base import Accept, StateReader, StateSlice, StepResult
 from trainer.engine.gate import Gate, step_result
 from trainer.engine.inputs import model_inputs
-from trainer.engine.optimizers import MasterState, initialise_state
+from trainer.engine.optimizers import MasterState, initialise_state, set_learning_rate
 from trainer.engine.sequence import local_part
 from trainer.engine.state import load_slices
 from trainer.engine.state_replicated import ReplicatedState, persistent_buffers, replicated_tensors
@@ -87,8 +87,7 @@ class ZeroEngine:
         """Run one optimizer step. See TrainEngine."""
         started = time.perf_counter()
         self._network.train()
-        for group in self._base.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._base, learning_rate)
         parts = [self._local(batch) for batch in batches]
         totals = StepTotals(parts, self._num_sources, stop_requested, self._device)
         # DeepSpeed averages gradients over ranks: undo that, then divide by the global count.

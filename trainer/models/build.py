@@ -22,6 +22,7 @@ from transformers import initialization as hf_initialization
 
 from trainer.config.model import ModelConfig
 from trainer.core.errors import Problem, RecipeError
+from trainer.models.initialization import residual_factor, scale_residual
 from trainer.models.load import loading_options
 from trainer.models.load_part import load_part
 from trainer.models.stages import StagePart, vacate
@@ -68,7 +69,10 @@ def build_model(
         if model.path is None:
             network = skeleton(model, config)
             torch.manual_seed(seed)  # again: some constructors draw, and stages must all draw the same
-            _fill(network, device, getattr(torch, model.dtype), _Initialiser(network, sharding), sharding, part)
+            fill = _Initialiser(network, sharding, scaled=model.initialization == "scaled_residual")
+            _fill(network, device, getattr(torch, model.dtype), fill, sharding, part)
+            if fill.scaled and not fill.num_scaled:
+                raise ValueError("model.initialization: scaled_residual finds no matrix that ends a block")
         elif part is not None:
             network = cast("Any", load_part(model, config, part)).to(device)
         elif sharding is None:
@@ -130,13 +134,18 @@ def _resets(module: nn.Module) -> bool:
 class _Initialiser:
     """Fill a module by the model's own ``_init_weights``; what that leaves alone, by torch's default."""
 
-    def __init__(self, network: PreTrainedModel, sharding: Sharding | None) -> None:
+    def __init__(self, network: PreTrainedModel, sharding: Sharding | None, *, scaled: bool = False) -> None:
         self.sharding = sharding
+        self.scaled = scaled
+        self.num_scaled = 0
+        self._factor = residual_factor(network.config)
 
     def __call__(self, owner: PreTrainedModel, module: nn.Module, prefix: str) -> None:
         direct = [p for p in module.parameters(recurse=False) if self.sharding and self.sharding.is_sharded(p)]
         with self.sharding.gathered(direct) if direct and self.sharding else contextlib.nullcontext():
             owner._init_weights(module)
+            if self.scaled:
+                self.num_scaled += scale_residual(module, prefix, self._factor)
         mine = [(n, p) for n, p in module.named_parameters(recurse=False) if p.numel()]
         untouched = {name for name, parameter in mine if parameter.flatten()[0].isnan()}
         if not untouched:

@@ -44,6 +44,14 @@ def hugging_face_config(model: ModelConfig) -> PretrainedConfig:
     return config
 
 
+def unpadded_vocabulary_size(model: ModelConfig) -> int | None:
+    """Return the vocabulary size that was asked for where ``vocabulary_multiple`` has made it larger, else None."""
+    if model.path is not None or not model.vocabulary_multiple:
+        return None
+    asked = hugging_face_config(model.model_copy(update={"vocabulary_multiple": None})).get_text_config().vocab_size
+    return asked if asked % model.vocabulary_multiple else None
+
+
 def config_to_dictionary(config: PretrainedConfig) -> dict[str, Any]:
     """Return the config as JSON-ready fields, as ``config.json`` of an exported model holds them."""
     fields = config.to_dict()

@@ -1,8 +1,11 @@
-"""Which parameters weight decay applies to."""
+"""Which parameters are trained how: weight decay and learning rate by name."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+
+from trainer.config.optimizer import OptimizerConfig
 
 # input_layernorm, ln_f, q_norm, norm1, LayerNorm: as a whole word of the name, so that "normal_proj" is none.
 _NORM = re.compile(r"(^|_)((layer|rms|group|batch)_?norm|norm|ln)(\d+|_.*)?$", re.IGNORECASE)
@@ -21,3 +24,21 @@ def decayed(name: str, ndim: int) -> bool:
     words = name.split(".")
     # Only the parameter and the module that holds it count: a Linear inside a norm module is still a matrix.
     return not (_VECTOR.search(words[-1]) or any(_NORM.search(word) for word in words[-2:]))
+
+
+@dataclass(frozen=True, order=True)
+class GroupSettings:
+    """What parameters of one optimizer group have in common."""
+
+    weight_decay: float
+    learning_rate_ratio: float = 1.0
+
+
+def group_settings(name: str, ndim: int, config: OptimizerConfig) -> GroupSettings:
+    """Return how parameter ``name`` of ``ndim`` dims is trained: as the first matching group says, else as usual."""
+    usual = config.weight_decay if decayed(name, ndim) else 0.0
+    for group in config.groups:
+        if re.search(group.pattern, name):
+            decay = usual if group.weight_decay is None else group.weight_decay
+            return GroupSettings(decay, group.learning_rate_ratio)
+    return GroupSettings(usual)

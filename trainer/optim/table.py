@@ -25,13 +25,15 @@ class OptimizerSpec:
 
     name: str
     """``optimizer.name`` in the recipe."""
-    torch_class: str
-    """Attribute of ``torch.optim``."""
+    implementation: str
+    """Dotted path of the class."""
     state_of: Callable[[OptimizerConfig], tuple[StateKey, ...]]
     hyperparameters: Callable[[OptimizerConfig], dict[str, Any]]
     """Keyword arguments of the torch class."""
     counts_steps: bool
     """Whether the state holds a scalar ``step`` too."""
+    fused: bool = True
+    """Whether the class has a fused step on CPU and CUDA."""
 
     def state_keys(self, config: OptimizerConfig) -> tuple[str, ...]:
         """Return the logical names of the per-parameter tensors, e.g. ("exp_avg", "exp_avg_sq")."""
@@ -65,10 +67,39 @@ def _sgd_hyperparameters(config: OptimizerConfig) -> dict[str, Any]:
     return {"lr": config.learning_rate, "momentum": config.momentum, "weight_decay": config.weight_decay}
 
 
+def _lion_state(config: OptimizerConfig) -> tuple[StateKey, ...]:
+    del config
+    return (StateKey("exp_avg", "exp_avg"),)
+
+
+def _lion_hyperparameters(config: OptimizerConfig) -> dict[str, Any]:
+    return {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+
+
+def _adagrad_state(config: OptimizerConfig) -> tuple[StateKey, ...]:
+    del config
+    return (StateKey("sum", "sum"),)
+
+
+def _adagrad_hyperparameters(config: OptimizerConfig) -> dict[str, Any]:
+    return {"lr": config.learning_rate, "eps": config.epsilon, "weight_decay": config.weight_decay}
+
+
 TABLE: dict[str, OptimizerSpec] = {
     spec.name: spec
     for spec in (
-        OptimizerSpec("adamw", "AdamW", _adamw_state, _adamw_hyperparameters, counts_steps=True),
-        OptimizerSpec("sgd", "SGD", _sgd_state, _sgd_hyperparameters, counts_steps=False),
+        OptimizerSpec("adamw", "torch.optim.AdamW", _adamw_state, _adamw_hyperparameters, counts_steps=True),
+        OptimizerSpec("sgd", "torch.optim.SGD", _sgd_state, _sgd_hyperparameters, counts_steps=False),
+        OptimizerSpec(
+            "lion", "trainer.engine.lion.Lion", _lion_state, _lion_hyperparameters, counts_steps=False, fused=False
+        ),
+        OptimizerSpec(
+            "adagrad",
+            "torch.optim.Adagrad",
+            _adagrad_state,
+            _adagrad_hyperparameters,
+            counts_steps=True,
+            fused=False,
+        ),
     )
 }

@@ -152,6 +152,18 @@ def _freeze(facts: Facts) -> Iterator[Problem]:
             yield Problem(f"model.freeze.{index}", pattern, f"is no regular expression: {error}", "correct it")
 
 
+def _initialization(facts: Facts) -> Iterator[Problem]:
+    model = facts.recipe.model
+    if model.initialization != "huggingface" and model.path is not None:
+        rule = "pretrained weights are not initialised"
+        yield Problem("model.initialization", model.initialization, rule, "remove it")
+    elif model.initialization == "scaled_residual" and facts.model.model_type == "gpt2":
+        yield Problem("model.initialization", model.initialization, "GPT-2 scales its own already", "remove it")
+    if model.vocabulary_multiple and model.path is not None:
+        rule = "only a model from scratch can be padded"
+        yield Problem("model.vocabulary_multiple", model.vocabulary_multiple, rule, "remove it")
+
+
 def _adapter(facts: Facts) -> Iterator[Problem]:
     if facts.recipe.adapter is not None:
         yield Problem("adapter", None, NOT_AVAILABLE, "set it to null")
@@ -198,6 +210,17 @@ RULES = (
     Rule("model id", _path, Failing({"model.path": "no id at all"})),
     Rule("tokenizer path", _tokenizer, Failing({"tokenizer.path": "runs/none/tokenizer"})),
     Rule("freeze patterns", _freeze, Failing({"model.freeze": ["layers.(0"]})),
+    Rule(
+        "initialisation from scratch",
+        _initialization,
+        Failing({"model.initialization": "scaled_residual"}, prepare=_local_config),
+    ),
+    Rule(
+        "initialisation of GPT-2",
+        _initialization,
+        Failing({"model.initialization": "scaled_residual", "model.config": {"model_type": "gpt2"}}),
+    ),
+    Rule("padding from scratch", _initialization, Failing({"model.vocabulary_multiple": 64}, prepare=_local_config)),
     Rule("adapter available", _adapter, Failing({"adapter": {"rank": 4}})),
     Rule("kernels available", _kernels, Failing({"kernels.loss": "fused"})),
     Rule("compile available", _kernels, Failing({"kernels.compile": True})),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from trainer.core.errors import Problem
@@ -25,12 +26,30 @@ def _decay(facts: Facts) -> Iterator[Problem]:
 
 def _momentum(facts: Facts) -> Iterator[Problem]:
     optimizer = facts.recipe.optimizer
-    if optimizer.name == "adamw" and optimizer.momentum > 0:
-        rule = "momentum is SGD's; AdamW takes optimizer.betas"
+    if optimizer.name != "sgd" and optimizer.momentum > 0:
+        rule = f"momentum is SGD's; {optimizer.name} has its own settings"
         yield Problem("optimizer.momentum", optimizer.momentum, rule, "remove it or set optimizer.name: sgd")
 
 
+def _groups(facts: Facts) -> Iterator[Problem]:
+    for index, group in enumerate(facts.recipe.optimizer.groups):
+        try:
+            re.compile(group.pattern)
+        except re.error as error:
+            key = f"optimizer.groups.{index}.pattern"
+            yield Problem(key, group.pattern, f"is no regular expression: {error}", "correct it")
+
+
+def _inverse_sqrt(facts: Facts) -> Iterator[Problem]:
+    schedule = facts.recipe.schedule
+    if schedule.name == "inverse_sqrt" and schedule.warmup_steps == 0:
+        rule = "inverse_sqrt is sqrt(warmup_steps / step): without a warm-up it falls to a tenth in 100 steps"
+        yield Problem("schedule.warmup_steps", 0, rule, "use a warm-up, or another schedule")
+
+
 RULES = (
+    Rule("parameter groups", _groups, Failing({"optimizer.groups": [{"pattern": "layers.(0"}]})),
+    Rule("inverse square root after a warm-up", _inverse_sqrt, Failing({"schedule.name": "inverse_sqrt"})),
     Rule("warm-up within the run", _warmup, Failing({"schedule.warmup_steps": 9})),
     Rule("decay after the warm-up", _decay, Failing({"schedule.warmup_steps": 2, "schedule.decay_steps": 1})),
     Rule("momentum only with SGD", _momentum, Failing({"optimizer.momentum": 0.9})),

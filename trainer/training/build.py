@@ -26,7 +26,7 @@ from trainer.data.sampler import Sampler
 from trainer.engine.base import TrainEngine
 from trainer.engine.build import build_engine
 from trainer.evaluation.validation import Validation
-from trainer.models.config import config_to_dictionary, hugging_face_config
+from trainer.models.config import config_to_dictionary, hugging_face_config, unpadded_vocabulary_size
 from trainer.models.flops import training_flops_per_token
 from trainer.parallel.topology import mesh_of, rank_table
 from trainer.tasks.pretrain import loss_spec
@@ -73,9 +73,15 @@ def build_parts(
     refuse_other_tokenizer(tokenizer, loader, config.get_text_config().vocab_size, ranks)
     _exclude_corrupt(loader, ranks, say)
     validation = Validation(recipe, place.data, mesh.data, config.get_text_config().vocab_size)
+    unpadded = unpadded_vocabulary_size(recipe.model)
     engine = build_engine(
-        recipe, config, deepspeed_json, loss_spec(), environment, from_scratch=reader is not None or source is not None
-    )
+        recipe,
+        config,
+        deepspeed_json,
+        loss_spec(unpadded),
+        environment,
+        from_scratch=reader is not None or source is not None,
+    )  # fmt: skip
     _fill_engine(engine, recipe, config, ranks, reader, source, state, loader.sampler, say)
     if recipe.data.mask_documents:
         refuse_leak(engine, ranks.rank, config)
@@ -90,6 +96,7 @@ def build_parts(
         "tokenizer": recipe.tokenizer.path,
         "tokenizer_revision": recipe.tokenizer.revision,
         "commit": getattr(config, "_commit_hash", None),
+        "unpadded_vocabulary_size": unpadded,
     }
     sinks, committed = open_sinks(state.step)
 
