@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate import init_empty_weights
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 NUM_LAYERS = 4
 VOCABULARY = 128
+LARGEST = 5_000_000
 # One value a field, whatever the family calls it; those a family has no use for are left out.
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "embedding_size"), 32),
@@ -96,13 +98,20 @@ def has_plan(kind: str) -> bool:
 
 
 def attention_of(config: dict[str, Any]) -> str:
-    """Return sdpa where the family has it, else eager."""
+    """Return sdpa where the family has it, else eager. Raises ValueError for a model that is not tiny."""
     try:
-        with init_empty_weights():
-            AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
+        model, attention = _skeleton(config, "sdpa"), "sdpa"
     except ValueError:
-        return "eager"
-    return "sdpa"
+        model, attention = _skeleton(config, "eager"), "eager"
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size / 1e6:.0f} M parameters")
+    return attention
+
+
+def _skeleton(config: dict[str, Any], attention: str) -> PreTrainedModel:
+    with no_init_weights(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation=attention)
 
 
 def tiny_config(kind: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from trainer.cli import (
     status,
     submit,
     train,
+    verify,
 )
 from trainer.core.errors import EXIT_FAILURE, TrainerError
 
@@ -46,6 +47,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Show the versi
 
 app.command("train")(train.train)
 app.command("check")(check.check)
+app.command("verify")(verify.verify)
 data.app.command("info")(data_shards.info)
 data.app.command("verify")(data_shards.verify)
 data.app.command("merge")(data_shards.merge)

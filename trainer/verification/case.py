@@ -1,0 +1,97 @@
+"""Take a case through the engine as one of its ranks, and write what came out for a comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import distributed
+
+from trainer.config.deepspeed_json import resolve_deepspeed
+from trainer.config.derive import derive
+from trainer.config.run import Recipe
+from trainer.core.environ import RankEnvironment
+from trainer.core.targets import IGNORE_INDEX
+from trainer.data.batches import MicroBatch
+from trainer.engine.base import TrainEngine
+from trainer.engine.build import build_engine
+from trainer.models.config import hugging_face_config
+from trainer.optim.schedules import multiplier
+from trainer.parallel.topology import mesh_of
+from trainer.tasks.pretrain import loss_spec
+
+
+def run_case(case: dict[str, Any], place: RankEnvironment) -> None:
+    """Train a few steps and write gradients, weights and losses.
+
+    ``case``: {"recipe": {...}, "batches": PATH, "output": DIRECTORY}, with ``batches`` as in ``reference.py``. With
+    "from_scratch" (fields of a config) the weights of that config as this layout initialises them are written too, as
+    ``initial.safetensors``.
+
+    The gradient is read from SGD's momentum after the first step: equal to it to the last bit, and part of the state
+    of every layout. So it is told only by recipes with ``optimizer: {name: sgd, momentum: ...}`` without clipping.
+    """
+    recipe = Recipe.model_validate(case["recipe"])
+    output = Path(case["output"])
+    if case.get("from_scratch"):
+        model = recipe.model.model_copy(update={"path": None, "config": case["from_scratch"]})
+        fresh = _engine(recipe.model_copy(update={"model": model}), place)
+        save_state(fresh, "weight", output / "initial.safetensors")
+        fresh.close()
+    engine = _engine(recipe, place)
+    batches = load_file(case["batches"])
+    derived, data = derive(recipe, place.world_size), mesh_of(recipe.parallel, place.world_size).place(place.rank).data
+    micro = recipe.batch.micro_size
+    engine.evaluate_batch(rows_of(batches, 0, slice(0, micro)))  # evaluation between steps changes nothing
+    steps: list[list[float]] = []
+    for step in range(len(batches["tokens"])):
+        starts = [(index * derived.data_parallel + data) * micro for index in range(derived.accumulation)]
+        mine = [rows_of(batches, step, slice(start, start + micro)) for start in starts]
+        rate = recipe.optimizer.learning_rate * multiplier(recipe.schedule, step + 1, derived.total_steps)
+        result = engine.train_batch(mine, lambda preview: True, rate, False)
+        steps.append([result.loss, result.grad_norm])
+        if step == 0 and recipe.optimizer.name == "sgd" and recipe.optimizer.momentum:
+            save_state(engine, "momentum", output / "gradients.safetensors")
+    save_state(engine, "weight", output / "weights.safetensors")
+    if place.rank == 0:
+        (output / "result.json").write_text(json.dumps({"steps": steps, "division": engine.division}))
+    engine.close()
+
+
+def rows_of(batches: dict[str, torch.Tensor], step: int, rows: slice) -> MicroBatch:
+    """Return some sequences of a step as the loader would."""
+    tokens = batches["tokens"][step, rows]
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].clone()
+    if "documents" not in batches:
+        return MicroBatch(inputs, targets)
+    documents = batches["documents"][step, rows]
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    index = torch.arange(documents.shape[1]).expand_as(documents)
+    positions = index - torch.where(starts, index, 0).cummax(dim=1).values
+    targets[:, :-1][starts[:, 1:]] = IGNORE_INDEX  # the last token of a document predicts nothing
+    return MicroBatch(inputs, targets, positions, documents)
+
+
+def save_state(engine: TrainEngine, key: str, path: Path) -> None:
+    """Gather one kind of state from all ranks, whole, and write it on rank 0."""
+    mine = [(s.name, s.shape, s.start, s.tensor.cpu()) for s in engine.iterate_state() if s.primary and s.key == key]
+    parts: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(parts, [(*facts, values.clone()) for *facts, values in mine])
+    if distributed.get_rank():
+        return
+    whole: dict[str, torch.Tensor] = {}
+    for name, shape, start, values in (piece for part in parts for piece in part):
+        tensor = whole.setdefault(name, torch.full((math.prod(shape),), math.nan))
+        tensor[start : start + values.numel()] = values.float()
+    shapes = {name: shape for part in parts for name, shape, _, _ in part}
+    save_file({name: tensor.view(shapes[name]).contiguous() for name, tensor in whole.items()}, path)
+
+
+def _engine(recipe: Recipe, place: RankEnvironment) -> TrainEngine:
+    resolved = resolve_deepspeed(recipe, derive(recipe, place.world_size))
+    return build_engine(recipe, hugging_face_config(recipe.model), resolved, loss_spec(), place)

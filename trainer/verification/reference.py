@@ -1,0 +1,132 @@
+"""Plain transformers and PyTorch in one process: what every layout must reproduce. Imports nothing of the trainer.
+
+usage: python reference.py JOB.json, where the job is
+{"model": directory, "attention": name, "batches": safetensors, "optimizer": {"name": ..., torch's keyword arguments},
+"groups": {trained parameter: [weight decay, learning-rate ratio]} or absent: all alike, "clip_norm": x,
+"learning_rates": [one a step], "output": directory}.
+
+``batches`` holds ``tokens``, int64 [steps, sequences, sequence + 1], and optionally ``documents``, int64 [steps,
+sequences, sequence]: numbers of documents, each of which is run alone. Writes ``gradients.safetensors`` of the first
+step, ``weights.safetensors`` after the last and ``result.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+class Lion(torch.optim.Optimizer):
+    """Algorithm 2 of https://arxiv.org/abs/2302.06675, which torch has not."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter."""
+        del closure
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                momentum = self.state[parameter].setdefault("m", torch.zeros_like(parameter))
+                update = torch.sign(first * momentum + (1 - first) * parameter.grad)
+                self.state[parameter]["m"] = second * momentum + (1 - second) * parameter.grad
+                parameter.copy_(parameter - group["lr"] * (update + group["weight_decay"] * parameter))
+
+
+def train(job: dict[str, Any]) -> None:
+    """Load, take the steps and write what came out."""
+    output = Path(job["output"])
+    output.mkdir(parents=True, exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=torch.float32, attn_implementation=job["attention"]
+    ).train()
+    if job.get("groups") is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in job["groups"])
+    optimizer = make_optimizer(model, job["optimizer"], job.get("groups"))
+    batches = load_file(job["batches"])
+    steps: list[list[float]] = []
+    for step, rate in enumerate(job["learning_rates"]):
+        documents = batches["documents"][step] if "documents" in batches else None
+        loss = backward(model, batches["tokens"][step], documents)
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        norm = nn.utils.get_total_norm(gradients.values()).item()
+        steps.append([loss, norm])
+        if step == 0:
+            write(gradients, output / "gradients.safetensors")
+        if job["clip_norm"]:
+            nn.utils.clip_grad_norm_(model.parameters(), job["clip_norm"])
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("ratio", 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    write(dict(model.named_parameters()), output / "weights.safetensors")
+    (output / "result.json").write_text(json.dumps({"steps": steps}))
+
+
+def make_optimizer(
+    model: PreTrainedModel, settings: dict[str, Any], groups: dict[str, list[float]] | None
+) -> torch.optim.Optimizer:
+    """Return torch's optimizer over every parameter, each with its own weight decay and learning-rate ratio."""
+    settings = dict(settings)
+    name = settings.pop("name")
+    parameters: Any = list(model.parameters())
+    if groups is not None:
+        parameters = [
+            {"params": [p], "weight_decay": groups[name][0], "ratio": groups[name][1]}
+            for name, p in model.named_parameters()
+            if name in groups
+        ]
+    if name == "lion":
+        return Lion(parameters, {"lr": 0.0, "weight_decay": 0.0, **settings})
+    made = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}[name]
+    return made(parameters, lr=0.0, **settings)
+
+
+def backward(model: PreTrainedModel, tokens: torch.Tensor, documents: torch.Tensor | None) -> float:
+    """Accumulate the gradient of the mean loss over all target tokens, one sequence or document at a time."""
+    pairs = list(sequences(tokens, documents))
+    count = sum(len(targets) for _, targets in pairs)
+    total = 0.0
+    for inputs, targets in pairs:
+        logits = model(input_ids=inputs[None], use_cache=False).logits[0]
+        loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / count
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def sequences(tokens: torch.Tensor, documents: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return (inputs, targets) of every sequence, or of every document alone: none sees another."""
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for number, row in enumerate(tokens):
+        if documents is None:
+            pairs.append((row[:-1], row[1:]))
+            continue
+        length = len(documents[number])
+        for document in documents[number].unique_consecutive():
+            places = (documents[number] == document).nonzero().flatten()
+            first, last = int(places[0]), int(places[-1])
+            # The last token of a document predicts nothing, but at the end of the row the next one is known.
+            end = last + 1 if last + 1 == length else last
+            if end > first:
+                pairs.append((row[first:end], row[first + 1 : end + 1]))
+    return pairs
+
+
+def write(tensors: dict[str, Any], path: Path) -> None:
+    """Write tensors as safetensors."""
+    save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, path)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(json.loads(Path(sys.argv[1]).read_text()))
