@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from trainer.verification.compare import compare
+
 TOOLS = Path(__file__).parent
 STEPS, SEQUENCES, LENGTH = 3, 4, 16
 LEARNING_RATE, MOMENTUM, NOISE = 1e-2, 0.9, 0.02
 LOSS_BOUND, GRADIENT_BOUND, WEIGHT_BOUND = 1e-5, 1e-4, 1e-6
-SMALLEST_GRADIENT = 1e-5
-"""As a share of the whole gradient's norm. A parameter whose gradient is smaller (a key bias: softmax cancels it) is
-nothing but rounding; its error is measured against this."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class Bench:
             job = {
                 "config": case.config, "attention": case.attention, "seed": self.seed, "noise": NOISE,
                 "output": str(path), "batches": str(self._batches(case.packed)),
-                "optimizer": self._optimizer(case),
+                **self._plain_optimizer(case),
             }  # fmt: skip
             self._known[key] = path, self._reference.ask(job)["error"]
         return self._known[key]
@@ -145,6 +144,13 @@ class Bench:
     def _optimizer(self, case: Case) -> dict[str, Any]:
         usual = {"name": "sgd", "momentum": MOMENTUM, "learning_rate": LEARNING_RATE, "weight_decay": 0.0}
         return {**(case.recipe.get("optimizer") or usual), "clip_norm": 0.0}
+
+    def _plain_optimizer(self, case: Case) -> dict[str, Any]:
+        settings = self._optimizer(case)
+        clip_norm, rate = settings.pop("clip_norm"), settings.pop("learning_rate")
+        if "epsilon" in settings:
+            settings["eps"] = settings.pop("epsilon")
+        return {"optimizer": settings, "clip_norm": clip_norm, "learning_rates": [rate] * STEPS}
 
     def _recipe(self, case: Case, model: Path) -> dict[str, Any]:
         recipe: dict[str, Any] = {
@@ -154,6 +160,7 @@ class Bench:
             "batch": {"global_size": SEQUENCES, "micro_size": 1},
             "deepspeed": {"base": "zero1"},
             "optimizer": self._optimizer(case),
+            "schedule": {"name": "constant"},
             "launch": {"processes": case.world_size},
         }  # fmt: skip
         given = {name: section for name, section in case.recipe.items() if name != "optimizer"}
@@ -179,28 +186,15 @@ def _first_error(output: Path) -> str | None:
 
 
 def _compare(reference: Path, ours: Path) -> Outcome:
-    expected = json.loads((reference / "result.json").read_text())["steps"]
-    found = json.loads((ours / "result.json").read_text())["steps"]
-    gradients, path = load_file(reference / "gradients.safetensors"), ours / "gradients.safetensors"
-    mine = load_file(path) if path.exists() else gradients  # only SGD's state tells them
-    whole = torch.stack([g.double().norm() for g in gradients.values()]).norm().item()
-    worst, name = 0.0, ""
-    weights, my_weights = load_file(reference / "weights.safetensors"), load_file(ours / "weights.safetensors")
-    # buffers (position tables and the like) are weights of ours too; parameters are what is compared
-    missing = [n for n in weights if n not in my_weights]
-    if missing:
-        return Outcome(error=f"parameters are missing: {', '.join(missing[:3])}")
-    for key in weights:
-        right = gradients.get(key, torch.zeros_like(weights[key])).double()
-        deviation = (mine.get(key, torch.zeros_like(right)).double() - right).norm().item()
-        relative = deviation / max(right.norm().item(), SMALLEST_GRADIENT * whole)
-        if not relative <= worst:
-            worst, name = relative, key
-    initial, my_initial = load_file(reference / "initial.safetensors"), load_file(ours / "initial.safetensors")
+    found = compare(reference, ours)
+    if found.missing:
+        return Outcome(error=f"parameters are missing: {', '.join(found.missing[:3])}")
+    initial, mine = load_file(reference / "initial.safetensors"), load_file(ours / "initial.safetensors")
+    name, worst = found.worst_gradient
     return Outcome(
-        loss=abs(found[0][0] - expected[0][0]),
-        gradient=worst if path.exists() else math.nan,
-        weight=max((my_weights[key] - tensor).abs().max().item() for key, tensor in weights.items()),
-        initial=max((my_initial[key] - tensor).abs().max().item() for key, tensor in initial.items()),
+        loss=abs(found.losses[0][0] - found.losses[0][1]),
+        gradient=math.nan if found.gradients is None else worst,
+        weight=found.weight,
+        initial=max((mine[key] - tensor).abs().max().item() for key, tensor in initial.items()),
         worst=name,
     )

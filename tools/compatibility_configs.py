@@ -9,43 +9,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from trainer.verification.shrink import small_fields
+
 NUM_LAYERS = 4
 VOCABULARY = 128
 LARGEST = 5_000_000
-# One value a field, whatever the family calls it; those a family has no use for are left out.
-SMALL: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "embedding_size"), 32),
-    **dict.fromkeys(("attention_hidden_size", "lru_width", "expert_dim", "expert_ffn_hidden_size"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "ffn_embed_dim"), 64),
-    **dict.fromkeys(("decoder_ffn_dim",), 64),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), NUM_LAYERS),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"), 64),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k"), 2),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
-    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "first_k_dense_replace"), 1),
-    **dict.fromkeys(("moe_layer_start_index",), 1),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
-    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rotary_dim"), 8),
-    **dict.fromkeys(("sliding_window", "attention_window_size", "state_size", "chunk_size"), 8),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_state"), 8),
-    **dict.fromkeys(("mamba_n_heads", "time_step_rank", "linear_num_value_heads"), 4),
-    **dict.fromkeys(("mamba_n_groups", "n_groups", "num_shared_experts", "num_expert_group"), 1),
-    **dict.fromkeys(("linear_head_dim", "index_head_dim", "hidden_size_per_layer_input", "laurel_rank"), 8),
-    **dict.fromkeys(("linear_num_heads", "index_n_heads"), 4),
-    **dict.fromkeys(("num_experts_per_token",), 2),
-    "shared_experts_intermediate_size": 32,
-    "model_max_length": 64,
-    "vocab_size_per_layer_input": VOCABULARY,
-    "per_layer_config": {},
-    "index_topk": 8,
-    "qk_head_dim": 16,
-    "mamba_d_head": 16,
-    "linear_num_key_heads": 2,
-    "global_attn_every_n_layers": 2,
-    "vocab_size": VOCABULARY,
+# Sizes that a clone of a real model keeps, but a model from nothing need not have.
+SMALLER: dict[str, Any] = {
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length"), 64),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     "encoder_layers": 0,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -84,7 +56,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "gpt2": {"n_inner": None},
 }
-LISTS = ("layer_types", "mlp_layer_types", "moe_layers", "block_types", "layers_block_type")
 
 
 def families() -> list[str]:
@@ -117,11 +88,7 @@ def _skeleton(config: dict[str, Any], attention: str) -> PreTrainedModel:
 def tiny_config(kind: str) -> dict[str, Any]:
     """Return fields of a config of a few thousand parameters, without dropout, ``model_type`` among them."""
     default = CONFIG_MAPPING[kind]()
-    fields = {"model_type": kind, **_tiny_fields(default), **SPECIAL.get(kind, {})}
-    return {name: value for name, value in fields.items() if value is not _ABSENT}
-
-
-_ABSENT = object()
+    return {"model_type": kind, **_tiny_fields(default), **SPECIAL.get(kind, {})}
 
 
 def _tiny_fields(default: PretrainedConfig) -> dict[str, Any]:
@@ -130,17 +97,4 @@ def _tiny_fields(default: PretrainedConfig) -> dict[str, Any]:
     if text is not default:  # a text model inside of a multimodal config
         inner = next(name for name in default.sub_configs if getattr(default, name) is text)
         return {inner: _tiny_fields(text)}
-    fields = {name: value for name, value in SMALL.items() if name in given}
-    for name in LISTS:
-        values = given.get(name)
-        if isinstance(values, list) and values:
-            kinds = list(dict.fromkeys(values))
-            fields[name] = (kinds * NUM_LAYERS)[:NUM_LAYERS]
-    if given.get("sliding_window", 0) is None:
-        del fields["sliding_window"]
-    if "kv_lora_rank" in given:  # latent attention: as many keys as queries
-        fields["num_key_value_heads"] = 4
-    fields |= {
-        name: 0.0 for name, value in given.items() if ("drop" in name or "jitter" in name) and isinstance(value, float)
-    }
-    return fields
+    return small_fields(text, NUM_LAYERS) | {name: value for name, value in SMALLER.items() if name in given}

@@ -1,19 +1,12 @@
 """Ranks that take cases through the trainer's engine: one process imports, every case forks its ranks.
 
-Reads a JSON object a line: {"recipe": {...}, "world_size": N, "batches": PATH, "output": DIRECTORY, "log": PATH}, where
-``batches`` holds ``tokens`` [steps, sequences, sequence + 1] and optionally ``documents`` [steps, sequences, sequence]
-(numbers of documents). Rank 0 writes ``gradients.safetensors`` (of the first step), ``weights.safetensors`` (after the
-last) and ``result.json`` into ``output``; with ``from_scratch`` (a config) also ``initial.safetensors``, the weights
-of that config as the layout initialises them. Answers with the exit codes.
-
-The gradient is read from SGD's momentum after the first step: equal to it to the last bit, and part of every layout's
-state. So cases run with ``optimizer: {name: sgd, momentum: ...}`` without weight decay or clipping.
+Reads a JSON object a line: what ``trainer.verification.case.run_case`` takes, "world_size", "log" (a path) and
+"damage" (how to break the trainer, or null). Answers with the exit codes of the ranks.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
@@ -27,24 +20,13 @@ os.dup2(2, 1)  # imports print there
 import deepspeed  # noqa: F401 - imported for the children
 import torch
 import transformers  # noqa: F401
-from safetensors.torch import load_file, save_file
-from torch import distributed
 
-import trainer.training.build  # noqa: F401
-from trainer.config.deepspeed_json import resolve_deepspeed
-from trainer.config.derive import derive
-from trainer.config.run import Recipe
 from trainer.core import environ
 from trainer.core.environ import RankEnvironment
-from trainer.data.batches import MicroBatch
-from trainer.engine.base import TrainEngine
-from trainer.engine.build import build_engine, join_group, leave_group
+from trainer.engine.build import join_group, leave_group
 from trainer.launch.ports import free_port
-from trainer.models.config import hugging_face_config
-from trainer.parallel.topology import Topology
-from trainer.tasks.pretrain import loss_spec
+from trainer.verification.case import run_case
 
-IGNORED = -100
 TIMEOUT_SECONDS = 180
 
 torch.set_num_threads(1)
@@ -104,74 +86,11 @@ def _child(job: dict[str, Any], rank: int, port: int) -> None:
 
 
 def _case(job: dict[str, Any], place: RankEnvironment) -> None:
-    recipe = Recipe.model_validate(job["recipe"])
-    derived = derive(recipe, place.world_size)
     join_group(place)
     if job.get("damage"):
         _damage(job["damage"])
-    output = Path(job["output"])
-    if job.get("from_scratch"):
-        model = recipe.model.model_copy(update={"path": None, "config": job["from_scratch"]})
-        fresh = _engine(recipe.model_copy(update={"model": model}), place)
-        _save(fresh, "weight", output / "initial.safetensors")
-        fresh.close()
-    engine = _engine(recipe, place)
-    batches = load_file(job["batches"])
-    parallel = recipe.parallel
-    mesh = Topology(parallel.pipeline, derived.data_parallel, parallel.sequence, parallel.tensor)
-    data = mesh.place(place.rank).data
-    steps: list[list[float]] = []
-    validation = engine.evaluate_batch(_rows(batches, 0, slice(0, recipe.batch.micro_size)))
-    totals = torch.tensor(validation, dtype=torch.float64)
-    distributed.all_reduce(totals)
-    for step in range(len(batches["tokens"])):
-        micro = recipe.batch.micro_size
-        starts = [(index * derived.data_parallel + data) * micro for index in range(derived.accumulation)]
-        mine = [_rows(batches, step, slice(start, start + micro)) for start in starts]
-        result = engine.train_batch(mine, lambda preview: True, recipe.optimizer.learning_rate, False)
-        steps.append([result.loss, result.grad_norm])
-        if step == 0 and recipe.optimizer.name == "sgd":
-            _save(engine, "momentum", output / "gradients.safetensors")
-    _save(engine, "weight", output / "weights.safetensors")
-    if place.rank == 0:
-        found = {"steps": steps, "validation": float(totals[0] / totals[1]), "division": engine.division}
-        (output / "result.json").write_text(json.dumps(found))
-    engine.close()
+    run_case(job, place)
     leave_group()
-
-
-def _engine(recipe: Recipe, place: RankEnvironment) -> TrainEngine:
-    resolved = resolve_deepspeed(recipe, derive(recipe, place.world_size))
-    return build_engine(recipe, hugging_face_config(recipe.model), resolved, loss_spec(), place)
-
-
-def _rows(batches: dict[str, torch.Tensor], step: int, rows: slice) -> MicroBatch:
-    tokens = batches["tokens"][step, rows]
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].clone()
-    if "documents" not in batches:
-        return MicroBatch(inputs, targets)
-    documents = batches["documents"][step, rows]
-    starts = torch.ones_like(documents, dtype=torch.bool)
-    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    index = torch.arange(documents.shape[1]).expand_as(documents)
-    positions = index - torch.where(starts, index, 0).cummax(dim=1).values
-    targets[:, :-1][starts[:, 1:]] = IGNORED  # the last token of a document predicts nothing
-    return MicroBatch(inputs, targets, positions, documents)
-
-
-def _save(engine: TrainEngine, key: str, path: Path) -> None:
-    """Gather one kind of state from all ranks, whole, and write it on rank 0."""
-    mine = [(s.name, s.shape, s.start, s.tensor.clone()) for s in engine.iterate_state() if s.primary and s.key == key]
-    parts: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(parts, mine)
-    if distributed.get_rank():
-        return
-    whole: dict[str, torch.Tensor] = {}
-    for name, shape, start, values in (piece for part in parts for piece in part):
-        tensor = whole.setdefault(name, torch.full((math.prod(shape),), math.nan))
-        tensor[start : start + values.numel()] = values.float()
-    shapes = {name: shape for part in parts for name, shape, _, _ in part}
-    save_file({name: tensor.view(shapes[name]).contiguous() for name, tensor in whole.items()}, path)
 
 
 def _damage(kind: str) -> None:

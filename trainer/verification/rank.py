@@ -1,7 +1,7 @@
 """One rank of a verification.
 
-usage: python -m trainer.verification.rank CASES.json, a list of what ``case.run_case`` takes; started as a rank. What it
-prints goes into ``rank-N.log`` beside the file, what is wrong into ``error-N.txt`` of the first case's output.
+usage: python -m trainer.verification.rank CASES.json, a list of what ``case.run_case`` takes; started as a rank. What
+it prints goes into ``rank-N.log`` beside the file, what is wrong into ``error-N.txt`` of the first case's output.
 """
 
 from __future__ import annotations
