@@ -37,6 +37,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP 2 x DP 2, ZeRO-1": _stages(2, 1, 4),
     "PP 2, one micro-batch": _stages(2, 1, 2, batch={"global_size": 4, "micro_size": 4}),
     "PP 2, recomputed": _stages(2, 1, 2, memory={"activation_checkpointing": "full"}),
+    "PP 2, balanced by time": _stages(2, 1, 2, parallel={"pipeline": 2, "balance": "time"}),
     "PP 2, balanced by parameters": _stages(2, 1, 2, parallel={"pipeline": 2, "balance": "parameters"}),
     "Lion, DP 2, ZeRO-1": _optimizer("lion", 1, betas=[0.9, 0.99], weight_decay=0.0),
     "Lion, PP 2, ZeRO-1": _optimizer("lion", 2, betas=[0.9, 0.99], weight_decay=0.0),

@@ -32,9 +32,11 @@ result = []
 for batch in torch.tensor(spec["tokens"]):  # [sequences, sequence + 1]
     targets = batch[:, 1:].clone()
     targets[batch[:, 1:] == spec["ignored"]] = -100
-    logits = model(input_ids=batch[:, :-1]).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    loss.backward()
+    outputs = model(input_ids=batch[:, :-1])
+    loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), targets.flatten())
+    # a mixture of experts also balances its load, where its config says so
+    balance = config.router_aux_loss_coef * outputs.aux_loss if getattr(outputs, "aux_loss", None) is not None else 0
+    (loss + balance).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()

@@ -78,6 +78,10 @@ WEIGHTS = [
     for dtype in ("float32", "bfloat16")
     for stage in (0, 3)
 ]
+# A coefficient that shows: without the auxiliary loss the gradient norm is another one.
+FOUR_EXPERTS = MIXTRAL | {"num_local_experts": 4}
+BALANCED = FOUR_EXPERTS | {"output_router_logits": True, "router_aux_loss_coef": 2.0}
+AUXILIARY = [{"check": "parity", "layout": "auxiliary", "stage": stage, "config": BALANCED} for stage in (1, 3)]
 TWO_STAGES = {"pipeline": 2}
 PIPELINE = [
     {
@@ -121,7 +125,7 @@ def results(directory: Path):
         config = AutoConfig.for_model(**(LLAMA if case["loaded"] == "llama" else GPT2))
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
         case["model"]["path"] = str(path)
-    cases = {1: PARITY, 2: PARITY + EXTRA + VETO + WEIGHTS + LOADED, "pipeline": PIPELINE}
+    cases = {1: PARITY + AUXILIARY, 2: PARITY + EXTRA + VETO + WEIGHTS + LOADED, "pipeline": PIPELINE}
 
     @functools.cache
     def of(which: int | str) -> list[dict[str, Any]]:
@@ -198,6 +202,17 @@ def check_veto(found: dict[str, Any]) -> None:
     assert result["unchanged"]
     assert result["finite"] == (found["kind"] == "finite")
     assert result["after"] == result["expected"]
+
+
+def test_experts_balance_their_load_where_the_config_says_so(results, directory: Path) -> None:
+    reference = run_reference(SPEC | {"config": BALANCED}, directory / "balanced")
+    unbalanced = run_reference(SPEC | {"config": FOUR_EXPERTS}, directory / "unbalanced")
+    assert not math.isclose(reference[0][1], unbalanced[0][1], rel_tol=1e-2)
+    for case in chosen(results(1), layout="auxiliary"):
+        for ours, plain in zip(case["result"]["steps"], reference, strict=True):
+            assert abs(ours[0] - plain[0]) < 1e-4, case
+            assert math.isclose(ours[1], plain[1], rel_tol=1e-3), case
+        assert math.isclose(case["result"]["steps"][0][1], reference[0][1], rel_tol=1e-4)
 
 
 @pytest.mark.parametrize("stage", [0, 1])

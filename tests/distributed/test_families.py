@@ -34,6 +34,7 @@ DIVERSE = {
     "qwen3_next": "linear attention in some layers",
     "mamba": "state space",
     "deepseek_v4": "several streams a token",
+    "apertus": "parameters that only its constructor fills",
     "smollm3": "layers without positions",
 }
 TWO_STAGES = {"parallel": {"pipeline": 2}}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from trainer.checkpoint import layout
 from trainer.checkpoint.export import export_checkpoint
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.evaluation.standalone import evaluate_model
 
 STAGES = {"parallel": {"pipeline": 2}}
 
@@ -122,3 +123,25 @@ def test_documents_do_not_see_each_other(trainer: Trainer) -> None:
         trainer.check(trainer.train(recipe), recipe)
     expected, found = trainer.metrics("packed-whole"), trainer.metrics("packed-staged")
     assert max(abs(found[key] - expected[key]) for key in expected) < 1e-5
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_a_padded_vocabulary_gets_no_probability_and_is_cut_off(
+    trainer: Trainer, tmp_path: Path, pipeline: int
+) -> None:
+    run = f"padded-{pipeline}"
+    recipe = trainer.recipe(
+        run,
+        dropout=0.0,
+        model={"vocabulary_multiple": 384},
+        parallel={"pipeline": pipeline},
+        evaluation={"batches": None},
+    )
+    trainer.check(trainer.train(recipe, "run.steps=4"), recipe)
+    assert {key[0]: value.shape[0] for key, value in tensors(trainer.directory / run).items()}[
+        "transformer.wte.weight"
+    ] == 768
+    export_checkpoint(trainer.directory / run, tmp_path / "export")
+    assert load_file(tmp_path / "export" / "model.safetensors")["transformer.wte.weight"].shape[0] == 512
+    found = evaluate_model(str(tmp_path / "export"), trainer.directory / "valid", sequence_length=32, batch_size=4)
+    assert abs(found["loss"] - trainer.metrics(run)[4, "evaluation"]) < 1e-5

@@ -38,5 +38,5 @@ class ParallelConfig(Section):
     """Ranks a sequence is split over."""
     expert: int = Field(default=1, ge=1)
     """Ranks the experts of a mixture are spread over."""
-    balance: Literal["flops", "parameters", "layers"] = "flops"
-    """What pipeline stages are balanced by."""
+    balance: Literal["flops", "parameters", "time", "layers"] = "flops"
+    """What pipeline stages are balanced by; ``time`` is measured at the start."""

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 import deepspeed
+import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -25,6 +26,7 @@ from trainer.models.balance import Costs, balance
 from trainer.models.build import build_model, freeze, skeleton
 from trainer.models.costs import flops_costs, layer_costs, parameter_costs
 from trainer.models.loss import LossSpec
+from trainer.models.measure import time_costs
 from trainer.models.stages import Anatomy, Stage, StagePart, anatomy_of
 from trainer.parallel.topology import mesh_of
 
@@ -44,7 +46,7 @@ def build_staged_engine(
     whole = skeleton(model, config)
     freeze(whole.named_parameters(), model.freeze)
     anatomy = anatomy_of(whole)
-    bounds = split(whole, anatomy, recipe)
+    bounds = split(whole, anatomy, recipe, config, device)
     _refuse_frozen_stage(whole, anatomy, bounds)
     part = StagePart(anatomy, bounds[place.stage], bounds[place.stage + 1])
     network = build_model(model, config, seed=recipe.run.seed, device=device, part=part)
@@ -65,16 +67,23 @@ def build_staged_engine(
     )  # fmt: skip
 
 
-def split(whole: PreTrainedModel, anatomy: Anatomy, recipe: Recipe) -> tuple[int, ...]:
+def split(
+    whole: PreTrainedModel, anatomy: Anatomy, recipe: Recipe, config: PretrainedConfig, device: torch.device
+) -> tuple[int, ...]:
     """Return the boundaries of the stages. Raises RecipeError for more stages than blocks."""
     num_stages = recipe.parallel.pipeline
     if num_stages > anatomy.num_blocks:
         rule = f"the model has {anatomy.num_blocks} blocks, and every stage needs one"
         raise RecipeError(Problem("parallel.pipeline", num_stages, rule, f"use at most {anatomy.num_blocks}"))
-    return balance(_costs(whole, anatomy, recipe), num_stages)
+    return balance(_costs(whole, anatomy, recipe, config, device), num_stages)
 
 
-def _costs(whole: PreTrainedModel, anatomy: Anatomy, recipe: Recipe) -> Costs:
+def _costs(
+    whole: PreTrainedModel, anatomy: Anatomy, recipe: Recipe, config: PretrainedConfig, device: torch.device
+) -> Costs:
+    if recipe.parallel.balance == "time":
+        shape = recipe.batch.micro_size, recipe.data.sequence_length
+        return time_costs(recipe.model, config, whole, anatomy, device, shape)
     if recipe.parallel.balance == "layers":
         return layer_costs(anatomy)
     if recipe.parallel.balance == "parameters":

@@ -46,6 +46,8 @@ class ZeroEngine:
         self._engine = engine
         self._network = cast("nn.Module", engine.module)
         self._loss = loss
+        text = cast("Any", self._network).config.get_text_config()
+        self._auxiliary_coefficient: float = getattr(text, "router_aux_loss_coef", None) or 0.0
         self._num_sources = num_sources
         self._stage = stage
         self._base = cast("torch.optim.Optimizer", engine.basic_optimizer)
@@ -94,9 +96,10 @@ class ZeroEngine:
         scale = self._world_size / totals.target_tokens
         boundary = started
         for index, batch in enumerate(batches):
-            losses = self._forward(batch, parts[index], totals.targets[index])
+            losses, auxiliary = self._forward(batch, parts[index], totals.targets[index])
             totals.add_losses(index, losses)
-            self._engine.backward(losses.sum() * scale, scale_wrt_gas=False)
+            # An auxiliary loss is a mean over a micro-batch: so is the whole step's over its micro-batches.
+            self._engine.backward(losses.sum() * scale + auxiliary / len(batches), scale_wrt_gas=False)
             if index + 1 == len(batches):
                 totals.reduce_losses()
                 boundary = time.perf_counter()
@@ -111,7 +114,7 @@ class ZeroEngine:
         self._network.eval()
         part = self._local(batch)
         targets = part.targets.to(self._device)
-        return float(self._forward(batch, part, targets).sum()), int((targets >= 0).sum())
+        return float(self._forward(batch, part, targets)[0].sum()), int((targets >= 0).sum())
 
     def iterate_state(self) -> Iterator[StateSlice]:
         """Yield trained parameters with their optimizer state, then frozen parameters and persistent buffers."""
@@ -137,16 +140,23 @@ class ZeroEngine:
         place = self._mesh.place(self._rank)
         return local_part(batch, place.sequence, self._mesh.sequence) if self._mesh.sequence > 1 else batch
 
-    def _forward(self, batch: MicroBatch, part: MicroBatch, targets: torch.Tensor) -> torch.Tensor:
-        """Return the loss sum of each row over this rank's ``part`` of the micro-batch, [micro]."""
+    def _forward(
+        self, batch: MicroBatch, part: MicroBatch, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Return the loss sum of each row over this rank's ``part`` of the micro-batch, [micro], and what is added.
+
+        A mixture of experts adds its load-balancing loss where its config says ``output_router_logits``.
+        """
         if self._sequence is not None:
             packed = batch.position_ids is not None and batch.document_ids is not None
             self._sequence.enter(batch.document_ids.to(self._device) if packed else None)  # type: ignore[union-attr]
         inputs = model_inputs(part, self._network, self._device)
-        logits = self._engine(**inputs, use_cache=False).logits
+        outputs = self._engine(**inputs, use_cache=False)
         if self._sequence is not None:
             self._sequence.leave(str(cast("Any", self._network).config.model_type))
-        return self._loss.function(logits.view(*targets.shape, -1), targets)
+        losses = self._loss.function(outputs.logits.view(*targets.shape, -1), targets)
+        auxiliary = getattr(outputs, "aux_loss", None)
+        return losses, self._auxiliary_coefficient * auxiliary if isinstance(auxiliary, torch.Tensor) else 0.0
 
     def _state_access(self, masters: MasterState) -> ReplicatedState | FlatPartitionState | Zero3State:
         optimizer = self._engine.optimizer

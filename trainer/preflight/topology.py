@@ -48,6 +48,14 @@ def _family_in_stages(facts: Facts) -> Iterator[Problem]:
             yield Problem("parallel.pipeline", facts.recipe.parallel.pipeline, rule, "set it to 1")
 
 
+def _router_losses(facts: Facts) -> Iterator[Problem]:
+    parallel = facts.recipe.parallel
+    if facts.model.get("output_router_logits") and (parallel.pipeline > 1 or parallel.sequence > 1):
+        rule = "the load-balancing loss of experts is one of all blocks and whole sequences, which no rank has"
+        fix = "set model.config.output_router_logits: false, or parallel.pipeline and parallel.sequence to 1"
+        yield Problem("model.config.output_router_logits", True, rule, fix)
+
+
 def _sequence(facts: Facts) -> Iterator[Problem]:
     """Ulysses gives each rank whole sequences of some heads."""
     degree, recipe, model = facts.recipe.parallel.sequence, facts.recipe, facts.model
@@ -127,6 +135,13 @@ RULES = (
         "families that can be cut",
         _family_in_stages,
         Failing({"parallel.pipeline": 2, "model.config": {"model_type": "gemma3n_text"}}),
+    ),
+    Rule(
+        "load-balancing loss on one stage",
+        _router_losses,
+        Failing(
+            {"parallel.pipeline": 2, "model.config": {"model_type": "mixtral", "output_router_logits": True}},
+        ),
     ),
     Rule("sequence length divisible", _sequence, Failing({"parallel.sequence": 2, "data.sequence_length": 33})),
     Rule("heads divisible by sequence ranks", _sequence, Failing({"parallel.sequence": 8}, world_size=8)),
