@@ -105,8 +105,11 @@ class TrainEngine(Protocol):
         """Run one optimizer step over this rank's micro-batches; ``accept`` may veto it before the update."""
         ...
 
-    def evaluate_batch(self, batch: MicroBatch) -> tuple[float, int]:
-        """Return this rank's summed loss and number of target tokens, without gradients."""
+    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        """Return this rank's summed loss and number of target tokens, without gradients.
+
+        The micro-batches have one shape. All ranks call it together, with as many.
+        """
         ...
 
     def iterate_state(self) -> Iterator[StateSlice]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -116,7 +116,7 @@ class StagedEngine:
         # DeepSpeed averages gradients over replicas and micro-batches: undo that, then divide by the global count.
         scale = self._topology.data * len(batches) / totals.target_tokens
 
-        def loss_of(index: int):
+        def loss_of(index: int) -> Callable[[torch.Tensor], torch.Tensor]:
             def loss(logits: torch.Tensor) -> torch.Tensor:
                 targets = totals.targets[index]
                 losses = self._loss.function(logits.view(*targets.shape, -1), targets)
@@ -143,21 +143,24 @@ class StagedEngine:
         return step_result(reading, applied, boundary - started, time.perf_counter() - boundary)
 
     @torch.no_grad()
-    def evaluate_batch(self, batch: MicroBatch) -> tuple[float, int]:
-        """Return the summed loss and target count on the last stage, nothing on others. All ranks call it together."""
-        targets = batch.targets.to(self._device)
+    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        """Return the summed loss and target count on the last stage, nothing on others. See TrainEngine."""
+        targets = [batch.targets.to(self._device) for batch in batches]
 
-        def loss(logits: torch.Tensor) -> torch.Tensor:
-            return self._loss.function(logits.view(*targets.shape, -1), targets).sum()
+        def loss_of(index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+            shape = targets[index].shape
+            return lambda logits: self._loss.function(logits.view(*shape, -1), targets[index]).sum()
 
-        self._expect(batch)
-        feed = self._batches.begin([self._inputs(batch)], [loss])
+        self._expect(batches[0])
+        feed = self._batches.begin(
+            [self._inputs(batch) for batch in batches], [loss_of(index) for index in range(len(batches))]
+        )
         losses: Any = cast("Any", self._engine).eval_batch(
-            feed, reduce_output=None, bcast_loss=False, num_micro_batches=1
+            feed, reduce_output=None, bcast_loss=False, num_micro_batches=len(batches)
         )
         if not self._part.is_last:
             return 0.0, 0
-        return float(losses[0]), int((targets >= 0).sum())
+        return sum(float(loss) for loss in losses), sum(int((target >= 0).sum()) for target in targets)
 
     def iterate_state(self) -> Iterator[StateSlice]:
         """Yield trained parameters with their optimizer state, then frozen parameters and persistent buffers."""

@@ -109,12 +109,16 @@ class ZeroEngine:
         return step_result(reading, applied, boundary - started, time.perf_counter() - boundary)
 
     @torch.no_grad()
-    def evaluate_batch(self, batch: MicroBatch) -> tuple[float, int]:
-        """Return this rank's summed loss and target count. Collective under ZeRO-3: call it as often on every rank."""
+    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        """Return this rank's summed loss and target count. See TrainEngine."""
         self._network.eval()
-        part = self._local(batch)
-        targets = part.targets.to(self._device)
-        return float(self._forward(batch, part, targets)[0].sum()), int((targets >= 0).sum())
+        loss, count = 0.0, 0
+        for batch in batches:
+            part = self._local(batch)
+            targets = part.targets.to(self._device)
+            loss += float(self._forward(batch, part, targets)[0].sum())
+            count += int((targets >= 0).sum())
+        return loss, count
 
     def iterate_state(self) -> Iterator[StateSlice]:
         """Yield trained parameters with their optimizer state, then frozen parameters and persistent buffers."""

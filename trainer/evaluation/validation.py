@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import torch
@@ -12,6 +13,9 @@ from trainer.config.run import Recipe
 from trainer.data.loader import validation_batches
 from trainer.engine.base import TrainEngine
 from trainer.telemetry.record import EvaluationRecord, perplexity
+
+_AT_A_TIME = 8
+"""Micro-batches given to the engine together: pipeline stages then work at the same time."""
 
 
 class Validation:
@@ -45,10 +49,11 @@ class Validation:
     def _evaluate(self, source: ValidationSource, engine: TrainEngine, step: int) -> EvaluationRecord:
         started = time.perf_counter()
         loss, count = 0.0, 0
-        for batch in self._batches(source):
-            batch_loss, batch_count = engine.evaluate_batch(batch)
-            loss += batch_loss
-            count += batch_count
+        batches = iter(self._batches(source))
+        while some := list(itertools.islice(batches, _AT_A_TIME)):
+            some_loss, some_count = engine.evaluate(some)
+            loss += some_loss
+            count += some_count
         totals = torch.tensor([loss, count], dtype=torch.float64, device=engine.device)
         distributed.all_reduce(totals)
         mean = float(totals[0] / totals[1].clamp(min=1))

@@ -29,7 +29,7 @@ def refuse_leak(engine: TrainEngine, rank: int, config: PretrainedConfig) -> Non
         apart, joined = (
             abs(one - other)
             for one, other in (
-                [engine.evaluate_batch(_packed(first[None], after, restart))[0] for first in before]
+                [engine.evaluate([_packed(first[None], after, restart)])[0] for first in before]
                 for restart in (True, False)
             )
         )

@@ -46,7 +46,7 @@ def run_case(case: dict[str, Any], place: RankEnvironment) -> None:
     batches = load_file(case["batches"])
     derived, data = derive(recipe, place.world_size), mesh_of(recipe.parallel, place.world_size).place(place.rank).data
     micro = recipe.batch.micro_size
-    engine.evaluate_batch(rows_of(batches, 0, slice(0, micro)))  # evaluation between steps changes nothing
+    engine.evaluate([rows_of(batches, 0, slice(0, micro))])  # evaluation between steps changes nothing
     steps: list[list[float]] = []
     for step in range(len(batches["tokens"])):
         starts = [(index * derived.data_parallel + data) * micro for index in range(derived.accumulation)]
