@@ -2,8 +2,9 @@
 
 usage: python tools/compatibility.py [--families NAME ...] [--layouts] [--seed N] [--write] [--directory DIR]
 
-Without ``--families`` every causal-LM family of the installed transformers is taken in two pipeline stages; with
-``--layouts`` the matrix of five families and all layouts too. Exits with 1 if a cell is red that should not be.
+Without ``--families`` every causal-LM family of the installed transformers is taken in two pipeline stages (with it and
+no names: none); with ``--layouts`` the matrix of five families and all layouts too. Exits with 1 if a cell is red that
+should not be.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def write(
 ) -> None:
     """Replace the generated part of the document."""
     text = DOCUMENT.read_text(encoding="utf-8")
-    for name, lines in (("families", _family_lines(by_family, damaged, seed, seconds)), ("layouts", _rows(matrix))):
+    families = _family_lines(by_family, damaged, seed, seconds) if by_family else []
+    for name, lines in (("families", families), ("layouts", _rows(matrix))):
         begin, end = f"<!-- generated: {name} -->", f"<!-- end of {name} -->"
         if lines and begin in text:
             before, rest = text.split(begin)

@@ -9,7 +9,8 @@ from compatibility_cases import Case
 from compatibility_configs import tiny_config
 
 MATRIX_FAMILIES = ("llama", "gpt2", "qwen3", "gemma3_text", "mixtral")
-ZERO = {stage: {"base": f"zero{stage}"} for stage in (0, 1, 2, 3)}
+HPZ = {"zero_optimization": {"zero_hpz_partition_size": 2}}
+ZERO: dict[int, dict[str, Any]] = {stage: {"base": f"zero{stage}"} for stage in (0, 1, 2, 3)}
 
 
 def _stages(pipeline: int, zero: int, world_size: int, **sections: Any) -> tuple[int, dict[str, Any]]:
@@ -30,6 +31,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1 rank": _stages(1, 0, 1),
     "DP 2, ZeRO-2": _stages(1, 2, 2),
     "DP 2, ZeRO-3": _stages(1, 3, 2),
+    "DP 2, ZeRO-3, all on the CPU": (2, {"deepspeed": {"base": "zero3_offload_param"}}),
+    "DP 4, ZeRO-3, hpZ 2": (4, {"deepspeed": ZERO[3] | {"override": HPZ}}),
     "PP 2, ZeRO-0": _stages(2, 0, 2),
     "PP 2, ZeRO-1": _stages(2, 1, 2),
     "PP 4, ZeRO-1": _stages(4, 1, 4),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import yaml
@@ -22,10 +23,13 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("base", ["zero0", "zero1", "zero2", "zero3", "zero2_offload"])
+@pytest.mark.parametrize("base", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload_param", "hpz"])
 def test_killed_and_resumed_equals_undisturbed(trainer: Trainer, base: str, dtype: str) -> None:
     run = f"{base}-{dtype}"
-    settings = {"model": {"dtype": dtype}, "deepspeed": {"base": base}}
+    deepspeed: dict[str, Any] = {"base": base}
+    if base == "hpz":
+        deepspeed = {"base": "zero3", "override": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
+    settings = {"model": {"dtype": dtype}, "deepspeed": deepspeed}
     straight = trainer.recipe(f"{run}-straight", **settings)
     trainer.check(trainer.train(straight), straight)
     killed = trainer.recipe(f"{run}-killed", **settings)

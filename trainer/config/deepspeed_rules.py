@@ -54,7 +54,12 @@ REFUSED: tuple[Refused, ...] = (
         "checkpoints are written by the trainer and load at any number of ranks",
         "remove it",
     ),
-    Refused("zero_optimization.offload_param.device", _device, f"offload_param {NOT_AVAILABLE}", "set it to none"),
+    Refused(
+        "zero_optimization.offload_param.device",
+        lambda value: value == "nvme",
+        f"offload to NVMe {NOT_AVAILABLE}",
+        "set it to cpu or none",
+    ),
     Refused("zero_optimization.cpu_offload_param", _on, f"offload_param {NOT_AVAILABLE}", "remove it"),
     Refused(
         "zero_optimization.offload_optimizer.device",
@@ -64,7 +69,6 @@ REFUSED: tuple[Refused, ...] = (
     ),
     Refused("zero_optimization.offload_optimizer.super_offload", _on, NOT_AVAILABLE, "remove it"),
     Refused("zero_optimization.zenflow", _section, NOT_AVAILABLE, "remove it"),
-    Refused("zero_optimization.zero_hpz_partition_size", _above_one, f"ZeRO++ {NOT_AVAILABLE}", "remove it"),
     Refused("zero_optimization.zero_quantized_weights", _on, f"ZeRO++ {NOT_AVAILABLE}", "remove it"),
     Refused("zero_optimization.zero_quantized_nontrainable_weights", _on, f"ZeRO++ {NOT_AVAILABLE}", "remove it"),
     Refused("zero_optimization.zero_quantized_gradients", _on, f"ZeRO++ {NOT_AVAILABLE}", "remove it"),

@@ -54,3 +54,4 @@ class Zero3State:
         for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
             zero.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
             zero._unflatten_partitioned_parameters(group)
+        zero.invalidate_secondary_tensor()  # hpZ's second copy, made anew from the first at the next use

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups
 from torch import distributed, nn
 
 from trainer.config.optimizer import OptimizerConfig
@@ -137,6 +138,7 @@ class ZeroEngine:
     def close(self) -> None:
         """Free the engine's hooks and buffers."""
         self._engine.destroy()
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's: an engine after this one makes its own
         gc.collect()
 
     def _local(self, batch: MicroBatch) -> MicroBatch:

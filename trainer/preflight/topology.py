@@ -99,6 +99,21 @@ def _inside_a_node(facts: Facts) -> Iterator[Problem]:
             yield Problem(f"parallel.{axis}", degree, rule, f"use a degree that divides {per_node}")
 
 
+def _secondary_partition(facts: Facts) -> Iterator[Problem]:
+    """ZeRO++ keeps a second copy of the parameters inside groups of ranks, which divide all ranks."""
+    path = "zero_optimization.zero_hpz_partition_size"
+    size = value_at(facts.deepspeed, path)
+    if not isinstance(size, int) or size <= 1:
+        return
+    key = f"deepspeed.override.{path}"
+    if facts.zero_stage != 3:
+        yield Problem(
+            key, size, f"is of ZeRO-3, not of ZeRO-{facts.zero_stage}", "set deepspeed.base: zero3, or remove it"
+        )
+    elif facts.world_size % size:
+        yield Problem(key, size, f"does not divide the {facts.world_size} ranks", "use the number of ranks of a node")
+
+
 def _divisible(facts: Facts) -> Iterator[Problem]:
     yield from (problem for problem in derive_problems(facts.recipe, facts.world_size) if problem.key == "parallel")
 
@@ -170,6 +185,21 @@ RULES = (
         "sequence ranks inside a node",
         _inside_a_node,
         Failing({"parallel.sequence": 2, "launch.launcher": "slurm", "launch.slurm": {"nodes": 2, "gpus_per_node": 1}}),
+    ),
+    Rule(
+        "secondary partition of ZeRO-3",
+        _secondary_partition,
+        Failing({"deepspeed.override": {"zero_optimization": {"zero_hpz_partition_size": 2}}}),
+    ),
+    Rule(
+        "secondary partition divides the ranks",
+        _secondary_partition,
+        Failing(
+            {
+                "deepspeed.base": "zero3",
+                "deepspeed.override": {"zero_optimization": {"zero_hpz_partition_size": 3}},
+            }
+        ),
     ),
     Rule("world size divisible by the mesh", _divisible, Failing({"parallel.pipeline": 2}, world_size=3)),
     Rule("batch triangle", _batch, Failing({"batch.global_size": 7})),
