@@ -129,6 +129,26 @@ class Bench:
             return Outcome(error=_first_error(output) or f"exit codes {codes}")
         return _compare(reference, output)
 
+    def second_document_losses(self, case: Case) -> list[float]:
+        """Return the loss of documents behind different first ones, one a first one. Raises RuntimeError."""
+        reference, error = self._reference_of(case)
+        output = self.directory / "documents" / case.name.replace(" ", "-")
+        output.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(self.seed)
+        tokens = torch.randint(3, 100, (1, SEQUENCES, LENGTH + 1), generator=generator).repeat(3, 1, 1)
+        first = LENGTH // 3  # so that a boundary between sequence ranks is not one between documents
+        tokens[1:, :, :first] = torch.randint(3, 100, (2, SEQUENCES, first), generator=generator)
+        documents = (torch.arange(LENGTH) >= first).long().expand(3, SEQUENCES, LENGTH)
+        save_file({"tokens": tokens, "documents": documents.contiguous()}, output / "batches.safetensors")
+        job = {
+            "recipe": self._recipe(case, reference / "model"), "world_size": case.world_size, "output": str(output),
+            "batches": str(output / "batches.safetensors"), "log": str(output / "log.txt"), "damage": case.damage,
+            "kind": "documents",
+        }  # fmt: skip
+        if error is not None or any(self._ranks.ask(job)):
+            raise RuntimeError(error or _first_error(output))
+        return json.loads((output / "documents.json").read_text())
+
     def _reference_of(self, case: Case) -> tuple[Path, str | None]:
         key = json.dumps([case.config, case.packed, case.attention, self._optimizer(case)], sort_keys=True)
         if key not in self._known:

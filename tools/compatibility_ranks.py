@@ -1,7 +1,8 @@
 """Ranks that take cases through the trainer's engine: one process imports, every case forks its ranks.
 
-Reads a JSON object a line: what ``trainer.verification.case.run_case`` takes, "world_size", "log" (a path) and
-"damage" (how to break the trainer, or null). Answers with the exit codes of the ranks.
+Reads a JSON object a line: what ``trainer.verification.case.run_case`` takes (or, with "kind": "documents",
+``second_document_losses``), "world_size", "log" (a path) and "damage" (how to break the trainer, or null). Answers with
+the exit codes of the ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from trainer.core import environ
 from trainer.core.environ import RankEnvironment
 from trainer.engine.build import join_group, leave_group
 from trainer.launch.ports import free_port
-from trainer.verification.case import run_case
+from trainer.verification.case import run_case, second_document_losses
 
 TIMEOUT_SECONDS = 180
 
@@ -89,7 +90,10 @@ def _case(job: dict[str, Any], place: RankEnvironment) -> None:
     join_group(place)
     if job.get("damage"):
         _damage(job["damage"])
-    run_case(job, place)
+    if job.get("kind") == "documents":
+        second_document_losses(job, place)
+    else:
+        run_case(job, place)
     leave_group()
 
 
@@ -122,6 +126,11 @@ def _damage(kind: str) -> None:
             return run_forward(self, arguments)
 
         stages.Stage._run = shifted
+    elif kind == "forgotten documents":
+        from trainer.models.shard_sequence import SequenceAttention
+
+        enter = SequenceAttention.enter
+        SequenceAttention.enter = lambda self, documents: enter(self, None)
     else:
         raise ValueError(kind)
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from compatibility_cases import Bench, Case
 from compatibility_configs import attention_of, tiny_config
-from compatibility_layouts import DAMAGED, layout_cases
+from compatibility_layouts import DAMAGED, LAYOUTS, layout_cases
 
 DIVERSE = {
     "llama": "grouped queries, untied head",
@@ -71,6 +71,25 @@ def test_a_broken_model_is_noticed(bench: Bench, case: Case) -> None:
     outcome = bench.run(case)
     assert outcome.error is None
     assert not outcome.passed, outcome
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(
+    "layout",
+    ["1 rank", "DP 2, ZeRO-2", "DP 2, ZeRO-3", "PP 2, ZeRO-1", "PP 2 x DP 2, ZeRO-1", "SP 2, ZeRO-1", "SP 2, ZeRO-3"],
+)
+def test_a_document_does_not_see_the_one_before_it(bench: Bench, family: str, layout: str) -> None:
+    world_size, recipe = LAYOUTS[layout]
+    losses = bench.second_document_losses(Case(f"{family}, {layout}", tiny_config(family), world_size, recipe))
+    assert len(losses) == 3
+    assert max(losses) - min(losses) < 1e-6, losses
+
+
+def test_a_leak_would_be_noticed(bench: Bench) -> None:
+    world_size, recipe = LAYOUTS["SP 2, ZeRO-1"]
+    case = Case("leaking", tiny_config("llama"), world_size, recipe, damage="forgotten documents")
+    losses = bench.second_document_losses(case)
+    assert max(losses) - min(losses) > 1e-4, losses
 
 
 @pytest.mark.parametrize(

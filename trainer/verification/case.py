@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,27 @@ def run_case(case: dict[str, Any], place: RankEnvironment) -> None:
     save_state(engine, "weight", output / "weights.safetensors")
     if place.rank == 0:
         (output / "result.json").write_text(json.dumps({"steps": steps, "division": engine.division}))
+    engine.close()
+
+
+def second_document_losses(case: dict[str, Any], place: RankEnvironment) -> None:
+    """Write the loss of the second document of each row of ``batches``, as ``documents.json`` on rank 0: [one a step].
+
+    The steps hold the same second documents behind different first ones.
+    """
+    recipe = Recipe.model_validate(case["recipe"])
+    engine = _engine(recipe, place)
+    batches = load_file(case["batches"])
+    losses: list[float] = []
+    for step in range(len(batches["tokens"])):
+        row = rows_of(batches, step, slice(0, recipe.batch.micro_size))
+        assert row.document_ids is not None
+        second = replace(row, targets=row.targets.masked_fill(row.document_ids == 0, IGNORE_INDEX))
+        total = torch.tensor(engine.evaluate([second]), dtype=torch.float64)
+        distributed.all_reduce(total)
+        losses.append(float(total[0] / total[1]))
+    if place.rank == 0:
+        Path(case["output"], "documents.json").write_text(json.dumps(losses))
     engine.close()
 
 
