@@ -21,6 +21,10 @@ def _sequences(sequence: int, zero: int, world_size: int, **sections: Any) -> tu
     return world_size, {"parallel": {"sequence": sequence}, "deepspeed": ZERO[zero], **sections}
 
 
+def _tensors(tensor: int, zero: int, world_size: int, **sections: Any) -> tuple[int, dict[str, Any]]:
+    return world_size, {"parallel": {"tensor": tensor}, "deepspeed": ZERO[zero], **sections}
+
+
 def _optimizer(name: str, pipeline: int, **settings: Any) -> tuple[int, dict[str, Any]]:
     # Steps of the gradient's sign, or nearly so: a smaller rate, so that one flipped sign stays within the bound.
     return _stages(pipeline, 1, 2, optimizer={"name": name, "learning_rate": 1e-4, **settings})
@@ -46,11 +50,22 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "Lion, PP 2, ZeRO-1": _optimizer("lion", 2, betas=[0.9, 0.99], weight_decay=0.0),
     "Adagrad, DP 2, ZeRO-1": _optimizer("adagrad", 1, epsilon=1e-3, weight_decay=0.0),
     **{f"SP 2, ZeRO-{zero}": _sequences(2, zero, 2) for zero in (1, 2, 3)},
+    **{f"TP 2, ZeRO-{zero}": _tensors(2, zero, 2) for zero in (0, 1, 2)},
+    "TP 2 x DP 2, ZeRO-1": _tensors(2, 1, 4),
+    "TP 2 x DP 2, ZeRO-2": _tensors(2, 2, 4),
+    "TP 2, recomputed": _tensors(2, 1, 2, memory={"activation_checkpointing": "full"}),
+    "TP 2, four sequences at a time": _tensors(2, 1, 2, batch={"global_size": 4, "micro_size": 4}),
+    "PP 2 x TP 2, ZeRO-0": (4, {"parallel": {"pipeline": 2, "tensor": 2}, "deepspeed": ZERO[0]}),
+    "PP 2 x TP 2, ZeRO-1": (4, {"parallel": {"pipeline": 2, "tensor": 2}, "deepspeed": ZERO[1]}),
+    "PP 2 x TP 2 x DP 2, ZeRO-1": (8, {"parallel": {"pipeline": 2, "tensor": 2}, "deepspeed": ZERO[1]}),
+    "SP 2 x TP 2, ZeRO-1": (4, {"parallel": {"sequence": 2, "tensor": 2}, "deepspeed": ZERO[1]}),
     "SP 2 x DP 2, ZeRO-1": _sequences(2, 1, 4),
     "SP 2, recomputed": _sequences(2, 3, 2, memory={"activation_checkpointing": "full"}),
     "SP 2, four sequences at a time": _sequences(2, 1, 2, batch={"global_size": 4, "micro_size": 4}),
 }
 PACKED = (
+    "TP 2, ZeRO-1",
+    "TP 2, recomputed",
     "SP 2, ZeRO-1",
     "SP 2, ZeRO-3",
     "SP 2, recomputed",

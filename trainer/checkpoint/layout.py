@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 FORMAT = "trainer-checkpoint"
-VERSION = 1
+VERSION = 2
+VERSION_WITHOUT_CUTS = 1
+"""What is written where no tensor is divided along a dim: older trainers read it."""
 MANIFEST_NAME = "manifest.json"
 POINTER_NAME = "latest"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -12,6 +12,7 @@ from trainer.checkpoint import layout, random_state
 from trainer.checkpoint.shard_file import ShardReader
 from trainer.checkpoint.writer import slice_key
 from trainer.core.errors import CheckpointError
+from trainer.parallel.cut import Cut
 
 
 class CheckpointReader:
@@ -24,7 +25,7 @@ class CheckpointReader:
             raise CheckpointError(f"{directory} is no complete checkpoint: " + "; ".join(problems))
         manifest = layout.read_manifest(directory)
         assert manifest is not None
-        if manifest.get("version") != layout.VERSION:
+        if manifest.get("version") not in (layout.VERSION_WITHOUT_CUTS, layout.VERSION):
             raise CheckpointError(
                 f"{directory}: format version {manifest.get('version')!r}, this trainer reads {layout.VERSION}: "
                 "upgrade it"
@@ -48,17 +49,24 @@ class CheckpointReader:
         """Return the global shape of a logical tensor."""
         return tuple(self._tensors[name]["shape"])
 
-    def read(self, name: str, key: str, start: int, count: int) -> torch.Tensor:
-        """Return ``count`` elements from ``start`` of the flattened tensor, on the CPU.
+    def read(self, name: str, key: str, start: int, count: int, cut: Cut | None = None) -> torch.Tensor:
+        """Return ``count`` elements from ``start`` of the flattened tensor, or of its part ``cut``, on the CPU.
 
-        Raises CheckpointError if the checkpoint has no such state or does not cover the range.
+        A part that the checkpoint does not hold as such is cut out of the whole tensor. Raises CheckpointError if the checkpoint has no such state or does not cover the range.
         """
         states = self._tensors.get(name, {}).get("states", {})
         if key not in states:
             raise CheckpointError(f"{self.directory} holds no {key!r} of {name!r}")
+        slices = [(*entry[:3], Cut(*entry[3]) if len(entry) > 3 else None) for entry in states[key]["slices"]]
+        held = {entry[3] for entry in slices}
+        if cut not in held:
+            whole = self._assembled(name, key, held)
+            return (cut.take(whole) if cut else whole).flatten()[start : start + count]
         result = torch.empty(count, dtype=getattr(torch, states[key]["dtype"]))
         filled = 0
-        for index, slice_start, slice_count in states[key]["slices"]:
+        for index, slice_start, slice_count, slice_cut in slices:
+            if slice_cut != cut:
+                continue
             low, high = max(start, slice_start), min(start + count, slice_start + slice_count)
             if low < high:
                 piece = self._shard(index).read(slice_key(name, key), low - slice_start, high - low)
@@ -66,6 +74,21 @@ class CheckpointReader:
                 filled += high - low
         if filled != count:
             raise CheckpointError(f"{self.directory}: {name!r} {key!r} has {filled} of {count} elements from {start}")
+        return result
+
+    def _assembled(self, name: str, key: str, held: set[Cut | None]) -> torch.Tensor:
+        """Return a whole tensor, put together from its parts if need be. Raises CheckpointError if one is missing."""
+        if None in held:
+            return self.whole(name, key)
+        shape = self.shape(name)
+        parts = cast("set[Cut]", held)
+        first = min(parts, key=lambda cut: cut.part)
+        if {cut.part for cut in parts} != set(range(first.parts)) or len(parts) != first.parts:
+            raise CheckpointError(f"{self.directory}: parts of {name!r} {key!r} are missing")
+        result = torch.empty(shape, dtype=getattr(torch, self._tensors[name]["states"][key]["dtype"]))
+        for cut in parts:
+            part = cut.part_shape(shape)
+            cut.put(self.read(name, key, 0, math.prod(part), cut).reshape(part), result)
         return result
 
     def whole(self, name: str, key: str = "weight") -> torch.Tensor:

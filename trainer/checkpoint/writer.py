@@ -21,6 +21,7 @@ from trainer.core import faults
 from trainer.core.durable import fsync_directory, replace_text, write_durably
 from trainer.core.errors import CheckpointError
 from trainer.engine.base import StateSlice
+from trainer.parallel.cut import Cut
 
 
 def slice_key(name: str, key: str) -> str:
@@ -36,8 +37,8 @@ class _Shard:
     error: str | None = None
     bytes: int = 0
     xxh3_64: str = ""
-    slices: list[tuple[str, str, str, tuple[int, ...], int, int]] = field(default_factory=list)
-    """(name, key, dtype, shape, start, count)"""
+    slices: list[tuple[str, str, str, tuple[int, ...], int, int, Cut | None]] = field(default_factory=list)
+    """(name, key, dtype, shape, start, count, cut)"""
 
 
 class CheckpointWriter:
@@ -104,7 +105,7 @@ class CheckpointWriter:
             shard.bytes, shard.xxh3_64 = write_shard(path, tensors + list(random_state.capture().items()))
             faults.reach("checkpoint.shard_written", rank=rank, step=step, path=path)
             shard.slices = [
-                (p.name, p.key, str(p.tensor.dtype).removeprefix("torch."), p.shape, p.start, p.tensor.numel())
+                (p.name, p.key, str(p.tensor.dtype).removeprefix("torch."), p.shape, p.start, p.tensor.numel(), p.cut)
                 for p in mine
             ]
         except (OSError, RuntimeError) as failure:
@@ -148,13 +149,14 @@ def _manifest(
 ) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for index, shard in enumerate(shards):
-        for name, key, dtype, shape, start, count in shard.slices:
+        for name, key, dtype, shape, start, count, cut in shard.slices:
             entry = tensors.setdefault(name, {"shape": list(shape), "states": {}})
             kept = entry["states"].setdefault(key, {"dtype": dtype, "slices": []})
-            kept["slices"].append([index, start, count])
+            kept["slices"].append([index, start, count, *([cut.to_json()] if cut else [])])
+    any_cut = any(cut is not None for shard in shards for *_, cut in shard.slices)
     return {
         "format": layout.FORMAT,
-        "version": layout.VERSION,
+        "version": layout.VERSION if any_cut else layout.VERSION_WITHOUT_CUTS,
         "step": step,
         "world_size": world_size,
         "shards": [shard.file for shard in shards],

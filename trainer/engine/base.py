@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from trainer.data.batches import MicroBatch
+from trainer.parallel.cut import Cut
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,15 @@ class StateSlice:
     """[count], this rank's elements."""
     primary: bool
     """True on exactly one rank per element: who writes it. Other ranks hold replicas."""
+    cut: Cut | None = None
+    """The part of the logical tensor that ``start`` counts in, where tensors are divided over tensor ranks."""
 
 
 class StateReader(Protocol):
     """Where ``load_state`` gets its slices from."""
 
-    def read(self, name: str, key: str, start: int, count: int) -> torch.Tensor:
-        """Return ``count`` elements from ``start`` of the flattened logical tensor, on the CPU."""
+    def read(self, name: str, key: str, start: int, count: int, cut: Cut | None = None) -> torch.Tensor:
+        """Return ``count`` elements from ``start`` of the flattened logical tensor, or of a part, on the CPU."""
         ...
 
 

@@ -15,6 +15,7 @@ from trainer.engine.build_pipeline import build_staged_engine
 from trainer.engine.network import prepare_network, training_device
 from trainer.engine.optimizers import build_optimizer
 from trainer.engine.pipeline import StagedEngine
+from trainer.engine.tensor_groups import TensorGroups
 from trainer.engine.upstream import lazy_muon, no_shared_memory_build
 from trainer.engine.upstream.stage0_bfloat16 import stage0_bfloat16_engine
 from trainer.engine.upstream.zero3_sharding import Zero3Sharding
@@ -22,6 +23,7 @@ from trainer.engine.zero import ZeroEngine
 from trainer.models.build import build_model
 from trainer.models.loss import LossSpec
 from trainer.models.shard_sequence import ATTENTION, SequenceAttention
+from trainer.models.shard_tensor import shard_tensor
 from trainer.parallel.groups import axis_group
 from trainer.parallel.topology import mesh_of
 
@@ -73,10 +75,15 @@ def build_engine(
         rank=environment.rank,
         sharding=Zero3Sharding(deepspeed_json) if stage == 3 else None,
     )
+    tensor = None
+    if recipe.parallel.tensor > 1:
+        group = axis_group(mesh, "tensor")
+        shard_tensor(network, group)
+        tensor = TensorGroups(mesh, group)
     prepare_network(network, recipe)
     optimizer = build_optimizer(recipe.optimizer, network.named_parameters(), device)
     if stage == 0 and deepspeed_json.get("bf16", {}).get("enabled"):
-        engine = stage0_bfloat16_engine(network, optimizer, deepspeed_json)
+        engine = stage0_bfloat16_engine(network, optimizer, deepspeed_json, tensor)
     else:
-        engine = deepspeed.initialize(model=network, optimizer=optimizer, config=deepspeed_json)[0]
-    return ZeroEngine(engine, loss, recipe.optimizer, stage, len(recipe.data.train), mesh, sequence)
+        engine = deepspeed.initialize(model=network, optimizer=optimizer, config=deepspeed_json, mpu=tensor)[0]
+    return ZeroEngine(engine, loss, recipe.optimizer, stage, len(recipe.data.train), mesh, sequence, tensor)

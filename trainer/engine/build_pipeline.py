@@ -27,7 +27,9 @@ from trainer.models.build import build_model, freeze, skeleton
 from trainer.models.costs import flops_costs, layer_costs, parameter_costs
 from trainer.models.loss import LossSpec
 from trainer.models.measure import time_costs
+from trainer.models.shard_tensor import shard_tensor
 from trainer.models.stages import Anatomy, Stage, StagePart, anatomy_of
+from trainer.parallel.groups import axis_group
 from trainer.parallel.topology import mesh_of
 
 
@@ -50,6 +52,8 @@ def build_staged_engine(
     _refuse_frozen_stage(whole, anatomy, bounds)
     part = StagePart(anatomy, bounds[place.stage], bounds[place.stage + 1])
     network = build_model(model, config, seed=recipe.run.seed, device=device, part=part)
+    if topology.tensor > 1:
+        shard_tensor(network, axis_group(topology, "tensor"))
     prepare_network(network, recipe)
     batches = MicroBatches()
     tied = [parameter for _, parameter in part.tied_copies(network)]

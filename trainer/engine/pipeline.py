@@ -17,10 +17,11 @@ from trainer.data.batches import MicroBatch
 from trainer.engine.base import Accept, StateReader, StateSlice, StepResult
 from trainer.engine.gate import Gate, Reading, step_result
 from trainer.engine.inputs import model_inputs
+from trainer.engine.norm import gradient_norm
 from trainer.engine.optimizers import MasterState, initialise_state, set_learning_rate
 from trainer.engine.pipeline_module import MicroBatches
 from trainer.engine.state import load_slices
-from trainer.engine.state_replicated import ReplicatedState, persistent_buffers, replicated_tensors
+from trainer.engine.state_replicated import ReplicatedState, owns_on_tensor_rank, persistent_buffers, replicated_tensors
 from trainer.engine.state_zero12 import FlatPartitionState
 from trainer.engine.totals import StepTotals
 from trainer.models.loss import LossSpec
@@ -70,13 +71,14 @@ class StagedEngine:
         self._base = cast("torch.optim.Optimizer", engine.basic_optimizer)
         self._device = cast("torch.device", engine.device)
         self._parameters = part.parameters(network)
+        owns = owns_on_tensor_rank(self._parameters, self._place.tensor, part.owns)
         masters = MasterState(optimizer, self._base)
         if engine.optimizer is self._base:
-            self._state = ReplicatedState(self._parameters, masters, self._place.data, topology.data, owns=part.owns)
+            self._state = ReplicatedState(self._parameters, masters, self._place.data, topology.data, owns)
         else:
             self._state = FlatPartitionState(
                 self._parameters, engine.optimizer, masters, engine.zero_optimization_stage() == 0,
-                self._place.data, topology.data, owns=part.owns,
+                self._place.data, topology.data, owns,
             )  # fmt: skip
         initialise_state(optimizer, self._base, self._state.flat_masters())
         self._clip_norm = optimizer.clip_norm
@@ -112,7 +114,13 @@ class StagedEngine:
         """Run one optimizer step. See TrainEngine."""
         started = time.perf_counter()
         set_learning_rate(self._base, learning_rate)
-        totals = StepTotals(batches, self._num_sources, stop_requested, self._device, counts=self._place.stage == 0)
+        totals = StepTotals(
+            batches,
+            self._num_sources,
+            stop_requested,
+            self._device,
+            counts=self._place.stage == 0 and self._place.tensor == 0,
+        )
         # DeepSpeed averages gradients over replicas and micro-batches: undo that, then divide by the global count.
         scale = self._topology.data * len(batches) / totals.target_tokens
 
@@ -120,7 +128,8 @@ class StagedEngine:
             def loss(logits: torch.Tensor) -> torch.Tensor:
                 targets = totals.targets[index]
                 losses = self._loss.function(logits.view(*targets.shape, -1), targets)
-                totals.add_losses(index, losses)
+                if self._place.tensor == 0:  # its other ranks compute the same
+                    totals.add_losses(index, losses)
                 return losses.sum() * scale
 
             return loss
@@ -158,7 +167,7 @@ class StagedEngine:
         losses: Any = cast("Any", self._engine).eval_batch(
             feed, reduce_output=None, bcast_loss=False, num_micro_batches=len(batches)
         )
-        if not self._part.is_last:
+        if not self._part.is_last or self._place.tensor:
             return 0.0, 0
         return sum(float(loss) for loss in losses), sum(int((target >= 0).sum()) for target in targets)
 
@@ -167,7 +176,8 @@ class StagedEngine:
         yield from self._state.slices()
         extra: list[tuple[str, torch.Tensor]] = list(persistent_buffers(self._network))
         extra += [(name, p) for name, p in self._parameters if not p.requires_grad]
-        yield from replicated_tensors(extra, self._place.data, self._topology.data, owns=self._part.owns)
+        owns = owns_on_tensor_rank(extra, self._place.tensor, self._part.owns)
+        yield from replicated_tensors(extra, self._place.data, self._topology.data, owns)
 
     def load_state(self, reader: StateReader, optimizer_steps: int | None) -> None:
         """Fill every slice. ``optimizer_steps`` None: weights only, the optimizer starts afresh."""
@@ -199,8 +209,9 @@ class StagedEngine:
             gradient.mul_(factor)
 
     def _norm_of_all_stages(self) -> torch.Tensor:
-        mine = [p.grad for name, p in self._parameters if p.grad is not None and self._part.owns(name)]
-        square = nn.utils.get_total_norm(mine).double().square().to(self._device)
+        mine = [p for name, p in self._parameters if self._part.owns(name)]
+        tensor_group = self._engine.grid.get_slice_parallel_group() if self._topology.tensor > 1 else None
+        square = gradient_norm(mine, tensor_group, self._device).double().square()
         distributed.all_reduce(square, group=self._engine.grid.get_pipe_parallel_group())
         return square.sqrt().float()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from deepspeed.runtime.pipe.module import PipelineModule
-from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import distributed, nn
 
 from trainer.models.stages import Stage
@@ -74,7 +75,9 @@ class StageModule(PipelineModule):
         layers[place.stage] = _Turn(stage, batches, place.stage == 0)
         super().__init__(
             layers,
-            topology=PipeDataParallelTopology(num_pp=topology.pipeline, num_dp=topology.data),
+            topology=PipeModelDataParallelTopology(
+                num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data
+            ),
             loss_fn=batches.loss_of_next,
             partition_method="uniform",
         )
@@ -90,10 +93,11 @@ class StageModule(PipelineModule):
         place = self._mesh.place(distributed.get_rank())
         self._tied_group: Any = None
         if self._num_tied:
-            for data in range(self._mesh.data):  # every rank makes every group: new_group is collective
-                ranks = [self._mesh.rank(Place(stage, data)) for stage in (0, self._mesh.pipeline - 1)]
-                group = distributed.new_group(ranks)
-                if data == place.data:
+            # every rank makes every group: new_group is collective
+            for data, tensor in itertools.product(range(self._mesh.data), range(self._mesh.tensor)):
+                ends = [Place(stage, data, tensor=tensor) for stage in (0, self._mesh.pipeline - 1)]
+                group = distributed.new_group([self._mesh.rank(end) for end in ends])
+                if (data, tensor) == (place.data, place.tensor):
                     self._tied_group = group
         if place.stage > 0:
             for parameter in self._tied:

@@ -9,6 +9,7 @@ from torch import nn
 
 from trainer.engine.base import StateSlice
 from trainer.engine.optimizers import MasterState
+from trainer.parallel.cut import cut_of, whole_shape_of
 
 NamedTensor = tuple[str, torch.Tensor]
 Owns = Callable[[str], bool]
@@ -18,6 +19,12 @@ Owns = Callable[[str], bool]
 def owns_all(name: str) -> bool:
     """Every tensor is this stage's: there is no other."""
     return True
+
+
+def owns_on_tensor_rank(parameters: Sequence[NamedTensor], tensor_rank: int, owns: Owns = owns_all) -> Owns:
+    """Each tensor rank writes its parts of tensors; of what all of them hold, the first."""
+    parts = {name for name, parameter in parameters if cut_of(parameter) is not None}
+    return lambda name: owns(name) and (tensor_rank == 0 or name in parts)
 
 
 def writers(sizes: Iterable[tuple[str, int]], world_size: int) -> dict[str, int]:
@@ -46,7 +53,8 @@ def replicated_tensors(
     chosen = writers(((name, tensor.numel()) for name, tensor in tensors), world_size)
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        yield StateSlice(name, "weight", tuple(tensor.shape), 0, flat, primary=chosen[name] == rank and owns(name))
+        primary = chosen[name] == rank and owns(name)
+        yield StateSlice(name, "weight", whole_shape_of(tensor), 0, flat, primary, cut_of(tensor))
 
 
 class ReplicatedState:
@@ -74,9 +82,9 @@ class ReplicatedState:
         """Yield weights and optimizer state."""
         for name, parameter in self._parameters:
             primary = self._writers[name] == self._rank and self._owns(name)
-            shape = tuple(parameter.shape)
+            shape, cut = whole_shape_of(parameter), cut_of(parameter)
             for key, tensor in self._masters.of(parameter).items():
-                yield StateSlice(name, key, shape, 0, tensor.view(-1), primary)
+                yield StateSlice(name, key, shape, 0, tensor.view(-1), primary, cut)
 
     def refresh(self) -> None:
         """Nothing to do: masters and compute weights are one."""

@@ -15,6 +15,7 @@ from torch import nn
 from trainer.engine.base import StateSlice
 from trainer.engine.optimizers import MasterState
 from trainer.engine.state_replicated import Owns, owns_all, writers
+from trainer.parallel.cut import cut_of, whole_shape_of
 
 
 class FlatPartitionState:
@@ -52,12 +53,12 @@ class FlatPartitionState:
             if mapping is None:  # lies wholly in other ranks' partitions
                 continue
             primary = self._owns(name) and (self._writers is None or self._writers[name] == self._rank)
-            shape = tuple(parameter.shape)
+            shape, cut = whole_shape_of(parameter), cut_of(parameter)
             start = mapping.lp_fragment_address.start
             address = mapping.hp_fragment_address
             flat = flats[mapping.param_group_index]
             for key, tensor in self._masters.of(flat).items():
-                yield StateSlice(name, key, shape, start, tensor.narrow(0, address.start, address.numel), primary)
+                yield StateSlice(name, key, shape, start, tensor.narrow(0, address.start, address.numel), primary, cut)
 
     def refresh(self) -> None:
         """Copy the masters into the compute weights of every rank."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -17,15 +18,23 @@ from trainer.data.batches import MicroBatch
 from trainer.engine.base import Accept, StateReader, StateSlice, StepResult
 from trainer.engine.gate import Gate, step_result
 from trainer.engine.inputs import model_inputs
+from trainer.engine.norm import gradient_norm
 from trainer.engine.optimizers import MasterState, initialise_state, set_learning_rate
 from trainer.engine.sequence import local_part
 from trainer.engine.state import load_slices
-from trainer.engine.state_replicated import ReplicatedState, persistent_buffers, replicated_tensors
+from trainer.engine.state_replicated import (
+    ReplicatedState,
+    owns_on_tensor_rank,
+    persistent_buffers,
+    replicated_tensors,
+)
 from trainer.engine.state_zero3 import Zero3State
 from trainer.engine.state_zero12 import FlatPartitionState
+from trainer.engine.tensor_groups import TensorGroups
 from trainer.engine.totals import StepTotals
 from trainer.models.loss import LossSpec
 from trainer.models.shard_sequence import SequenceAttention
+from trainer.parallel.cut import whole_shape_of
 from trainer.parallel.topology import Topology
 
 
@@ -41,7 +50,9 @@ class ZeroEngine:
         num_sources: int,
         mesh: Topology,
         sequence: SequenceAttention | None = None,
+        tensor: TensorGroups | None = None,
     ) -> None:
+        self._tensor = tensor
         self._sequence = sequence
         self._mesh = mesh
         self._engine = engine
@@ -53,8 +64,11 @@ class ZeroEngine:
         self._stage = stage
         self._base = cast("torch.optim.Optimizer", engine.basic_optimizer)
         self._device = cast("torch.device", engine.device)
-        self._world_size = distributed.get_world_size()
         self._rank = distributed.get_rank()
+        self._place = mesh.place(self._rank)
+        # Ranks that hold the same as this one, and its number among them.
+        self._replicas = mesh.world_size // mesh.tensor
+        self._replica = self._rank // mesh.tensor
         self._state = self._state_access(MasterState(optimizer, self._base))
         initialise_state(optimizer, self._base, self._state.flat_masters())
         self._plain_norm: torch.Tensor | None = None
@@ -72,12 +86,12 @@ class ZeroEngine:
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the global shape of every parameter and persistent buffer, by Hugging Face name."""
         named = [*self._network.named_parameters(), *persistent_buffers(self._network)]
-        return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in named}
+        return {name: whole_shape_of(tensor) for name, tensor in named}
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, tied ones counted once."""
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self._network.parameters())
+        return sum(math.prod(whole_shape_of(p)) for p in self._network.parameters())
 
     @property
     def division(self) -> list[str]:
@@ -92,13 +106,14 @@ class ZeroEngine:
         self._network.train()
         set_learning_rate(self._base, learning_rate)
         parts = [self._local(batch) for batch in batches]
-        totals = StepTotals(parts, self._num_sources, stop_requested, self._device)
+        totals = StepTotals(parts, self._num_sources, stop_requested, self._device, counts=self._place.tensor == 0)
         # DeepSpeed averages gradients over ranks: undo that, then divide by the global count.
-        scale = self._world_size / totals.target_tokens
+        scale = self._replicas / totals.target_tokens
         boundary = started
         for index, batch in enumerate(batches):
             losses, auxiliary = self._forward(batch, parts[index], totals.targets[index])
-            totals.add_losses(index, losses)
+            if self._place.tensor == 0:  # its other ranks compute the same
+                totals.add_losses(index, losses)
             # An auxiliary loss is a mean over a micro-batch: so is the whole step's over its micro-batches.
             self._engine.backward(losses.sum() * scale + auxiliary / len(batches), scale_wrt_gas=False)
             if index + 1 == len(batches):
@@ -119,7 +134,7 @@ class ZeroEngine:
             targets = part.targets.to(self._device)
             loss += float(self._forward(batch, part, targets)[0].sum())
             count += int((targets >= 0).sum())
-        return loss, count
+        return (loss, count) if self._place.tensor == 0 else (0.0, 0)
 
     def iterate_state(self) -> Iterator[StateSlice]:
         """Yield trained parameters with their optimizer state, then frozen parameters and persistent buffers."""
@@ -127,7 +142,8 @@ class ZeroEngine:
         extra = list(persistent_buffers(self._network))
         if self._stage < 3:
             extra += [(name, p) for name, p in self._network.named_parameters() if not p.requires_grad]
-        yield from replicated_tensors(extra, self._rank, self._world_size)
+        owns = owns_on_tensor_rank(extra, self._place.tensor)
+        yield from replicated_tensors(extra, self._replica, self._replicas, owns)
 
     def load_state(self, reader: StateReader, optimizer_steps: int | None) -> None:
         """Fill every slice. ``optimizer_steps`` None: weights only, the optimizer starts afresh."""
@@ -138,13 +154,13 @@ class ZeroEngine:
     def close(self) -> None:
         """Free the engine's hooks and buffers."""
         self._engine.destroy()
+        groups.mpu = None
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's: an engine after this one makes its own
         gc.collect()
 
     def _local(self, batch: MicroBatch) -> MicroBatch:
         """Return what of a micro-batch this rank computes: its part of each sequence, or all."""
-        place = self._mesh.place(self._rank)
-        return local_part(batch, place.sequence, self._mesh.sequence) if self._mesh.sequence > 1 else batch
+        return local_part(batch, self._place.sequence, self._mesh.sequence) if self._mesh.sequence > 1 else batch
 
     def _forward(
         self, batch: MicroBatch, part: MicroBatch, targets: torch.Tensor
@@ -169,20 +185,25 @@ class ZeroEngine:
         if self._stage == 3:
             return Zero3State(self._network, optimizer, masters)
         parameters = list(self._network.named_parameters())
+        owns = owns_on_tensor_rank(parameters, self._place.tensor)
         if optimizer is self._base:
-            return ReplicatedState(parameters, masters, self._rank, self._world_size)
-        return FlatPartitionState(parameters, optimizer, masters, self._stage == 0, self._rank, self._world_size)
+            return ReplicatedState(parameters, masters, self._replica, self._replicas, owns)
+        return FlatPartitionState(parameters, optimizer, masters, self._stage == 0, self._replica, self._replicas, owns)
 
     def _clip_and_keep_norm(self) -> None:
         trained = [p for p in self._network.parameters() if p.grad is not None]
-        self._plain_norm = nn.utils.clip_grad_norm_(trained, self._clip_norm, foreach=False)
+        self._plain_norm = self._norm_of_whole_model()
+        nn.utils.clip_grads_with_norm_(trained, self._clip_norm, self._plain_norm, foreach=False)
+
+    def _norm_of_whole_model(self) -> torch.Tensor:
+        group = self._tensor.get_model_parallel_group() if self._tensor else None
+        return gradient_norm(self._network.parameters(), group, self._device)
 
     def _grad_norm(self) -> torch.Tensor | float:
         norm = getattr(self._engine.optimizer, "_global_grad_norm", None)
         if norm is None:
             norm = self._plain_norm
         if norm is None:  # stage 0, float32, no clipping
-            grads = [p.grad for p in self._network.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm(grads)
+            norm = self._norm_of_whole_model()
         self._plain_norm = None
         return norm

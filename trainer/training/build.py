@@ -158,12 +158,12 @@ def _fill_engine(
         for problem in refuse_if_different(reader, facts, shapes, config_to_dictionary(config), accept):
             say(f"warning: accepted (checkpoint.accept_changed_data): {problem.key}: {problem.rule}")
         engine.load_state(reader, state.optimizer_steps)
-        if not restore_generators(reader, ranks, recipe.run.seed, state):
+        if not restore_generators(reader, ranks, recipe.run.seed, state, recipe.parallel.tensor):
             say(f"resuming {reader.world_size} ranks' checkpoint on {ranks.world_size}: random generators start anew")
         return
     if source is not None:
         engine.load_state(source, None)
-    random_state.seed_everything(recipe.run.seed, ranks.rank)
+    random_state.seed_everything(recipe.run.seed, ranks.rank // recipe.parallel.tensor)
 
 
 def _utilization(

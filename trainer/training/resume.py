@@ -53,10 +53,10 @@ def refuse_beyond_budget(recipe: Recipe, derived: Derived, sampler: Sampler) -> 
     raise RecipeError(Problem("run.steps", derived.total_steps, rule, fix), title="recipe refused")
 
 
-def restore_generators(reader: CheckpointReader, ranks: Ranks, seed: int, state: TrainState) -> bool:
+def restore_generators(reader: CheckpointReader, ranks: Ranks, seed: int, state: TrainState, tensor: int = 1) -> bool:
     """Restore this rank's generators; at another number of ranks seed them anew. Return whether they were restored."""
     if reader.world_size == ranks.world_size:
         random_state.restore(reader.random_states(ranks.rank))
         return True
-    random_state.seed_everything(seed, ranks.rank, state.step)
+    random_state.seed_everything(seed, ranks.rank // tensor, state.step)
     return False

@@ -22,6 +22,7 @@ from trainer.engine.base import TrainEngine
 from trainer.engine.build import build_engine
 from trainer.models.config import hugging_face_config
 from trainer.optim.schedules import multiplier
+from trainer.parallel.cut import Cut
 from trainer.parallel.topology import mesh_of
 from trainer.tasks.pretrain import loss_spec
 
@@ -101,17 +102,25 @@ def rows_of(batches: dict[str, torch.Tensor], step: int, rows: slice) -> MicroBa
 
 def save_state(engine: TrainEngine, key: str, path: Path) -> None:
     """Gather one kind of state from all ranks, whole, and write it on rank 0."""
-    mine = [(s.name, s.shape, s.start, s.tensor.cpu()) for s in engine.iterate_state() if s.primary and s.key == key]
+    found = [s for s in engine.iterate_state() if s.primary and s.key == key]
+    mine = [(s.name, s.cut, s.shape, s.start, s.tensor.cpu()) for s in found]
     parts: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(parts, [(*facts, values.clone()) for *facts, values in mine])
     if distributed.get_rank():
         return
-    whole: dict[str, torch.Tensor] = {}
-    for name, shape, start, values in (piece for part in parts for piece in part):
-        tensor = whole.setdefault(name, torch.full((math.prod(shape),), math.nan))
-        tensor[start : start + values.numel()] = values.float()
-    shapes = {name: shape for part in parts for name, shape, _, _ in part}
-    save_file({name: tensor.view(shapes[name]).contiguous() for name, tensor in whole.items()}, path)
+    held: dict[tuple[str, Cut | None], torch.Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, cut, shape, start, values in (piece for part in parts for piece in part):
+        shapes[name] = shape
+        tensor = held.setdefault((name, cut), torch.full(cut.part_shape(shape) if cut else shape, math.nan))
+        tensor.view(-1)[start : start + values.numel()] = values.float()
+    whole = {name: torch.full(shape, math.nan) for name, shape in shapes.items()}
+    for (name, cut), tensor in held.items():
+        if cut is None:
+            whole[name] = tensor
+        else:
+            cut.put(tensor, whole[name])
+    save_file(whole, path)
 
 
 def _engine(recipe: Recipe, place: RankEnvironment) -> TrainEngine:

@@ -46,11 +46,15 @@ class _PipelineEngine(_Unpartitioned, PipelineEngine):
 
 
 def stage0_bfloat16_engine(
-    network: nn.Module, optimizer: torch.optim.Optimizer, deepspeed_json: dict[str, Any]
+    network: nn.Module, optimizer: torch.optim.Optimizer, deepspeed_json: dict[str, Any], mesh: Any = None
 ) -> DeepSpeedEngine:
-    """Return what ``deepspeed.initialize`` would, with float32 masters; of a PipelineModule a pipeline engine."""
+    """Return what ``deepspeed.initialize`` would, with float32 masters; of a PipelineModule a pipeline engine.
+
+    ``mesh``: the groups of tensor ranks, if there are any; a PipelineModule has its own.
+    """
     staged = isinstance(network, PipelineModule)
-    mesh = network.mpu() if isinstance(network, PipelineModule) else None
+    if isinstance(network, PipelineModule):
+        mesh = network.mpu()
     return (_PipelineEngine if staged else _Engine)(
         args=None,
         model=network,
