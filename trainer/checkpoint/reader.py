@@ -52,7 +52,8 @@ class CheckpointReader:
     def read(self, name: str, key: str, start: int, count: int, cut: Cut | None = None) -> torch.Tensor:
         """Return ``count`` elements from ``start`` of the flattened tensor, or of its part ``cut``, on the CPU.
 
-        A part that the checkpoint does not hold as such is cut out of the whole tensor. Raises CheckpointError if the checkpoint has no such state or does not cover the range.
+        A part that the checkpoint does not hold as such is cut out of the whole tensor.
+        Raises CheckpointError if the checkpoint has no such state or does not cover the range.
         """
         states = self._tensors.get(name, {}).get("states", {})
         if key not in states:

@@ -88,7 +88,12 @@ REFUSED: tuple[Refused, ...] = (
     Refused("hybrid_engine.enabled", _on, NOT_AVAILABLE, "remove hybrid_engine"),
     Refused("compile.deepcompile", _on, NOT_AVAILABLE, "remove it; see kernels.compile"),
     Refused("expert_parallel.enabled", _on, NOT_AVAILABLE, "remove it; see parallel.expert"),
-    Refused("tensor_parallel.autotp_size", _above_one, NOT_AVAILABLE, "remove it; see parallel.tensor"),
+    Refused(
+        "tensor_parallel.autotp_size",
+        _above_one,
+        "the trainer divides layers itself",
+        "remove it and set parallel.tensor",
+    ),
     Refused("weight_quantization", _section, NOT_AVAILABLE, "remove it"),
     Refused("datastates_ckpt", _section, "checkpoints are written by the trainer", "remove it; see checkpoint.*"),
     Refused("checkpoint.load_universal", _on, "checkpoints load at any shape without conversion", "remove it"),

@@ -210,7 +210,8 @@ class StagedEngine:
 
     def _norm_of_all_stages(self) -> torch.Tensor:
         mine = [p for name, p in self._parameters if self._part.owns(name)]
-        tensor_group = self._engine.grid.get_slice_parallel_group() if self._topology.tensor > 1 else None
+        several = self._topology.tensor > 1
+        tensor_group = cast("Any", self._engine.grid).get_slice_parallel_group() if several else None
         square = gradient_norm(mine, tensor_group, self._device).double().square()
         distributed.all_reduce(square, group=self._engine.grid.get_pipe_parallel_group())
         return square.sqrt().float()

@@ -8,7 +8,7 @@ GPT-2 and experts, leaves the logits of a tied head divided and knows no pipelin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -99,12 +99,12 @@ def _apply(network: nn.Module, name: str, style: str, group: Group) -> None:
     elif style in _COLUMNS:
         _columns(module, group, int(given or (2 if style.startswith("packed") else 1)))
         if style == "colwise_gather_output":
-            module.register_forward_hook(lambda _module, _inputs, output: gather(output, group))
+            module.register_forward_hook(_gathering(group))
     else:
         _rows(module, group, splits=style == "rowwise_split_input")
 
 
-def _columns(module: nn.Linear | Conv1D, group: Group, chunks: int = 1) -> None:
+def _columns(module: Any, group: Group, chunks: int = 1) -> None:
     """Each rank computes some of the outputs."""
     _cut(module.weight, 1 if isinstance(module, Conv1D) else 0, group, chunks)
     if module.bias is not None:
@@ -114,7 +114,11 @@ def _columns(module: nn.Linear | Conv1D, group: Group, chunks: int = 1) -> None:
     module.register_forward_pre_hook(lambda _module, inputs: (enter(inputs[0], group), *inputs[1:]))
 
 
-def _rows(module: nn.Linear | Conv1D, group: Group, splits: bool) -> None:
+def _gathering(group: Group) -> Callable[[nn.Module, Any, Any], torch.Tensor]:
+    return lambda _module, _inputs, output: gather(output, group)
+
+
+def _rows(module: Any, group: Group, splits: bool) -> None:
     """Each rank computes with some of the inputs; the bias, which all hold, is added once."""
     transposed = isinstance(module, Conv1D)
     _cut(module.weight, 0 if transposed else 1, group)
@@ -125,7 +129,7 @@ def _rows(module: nn.Linear | Conv1D, group: Group, splits: bool) -> None:
         output = sum_parts(functional.linear(mine, weight), group)
         return output if module.bias is None else output + module.bias
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 def _share_experts(module: nn.Module, group: Group) -> None:
@@ -137,8 +141,11 @@ def _share_experts(module: nn.Module, group: Group) -> None:
 
         return tuple(map(entered, args)), {name: entered(value) for name, value in kwargs.items()}
 
+    def after(_module: nn.Module, _inputs: Any, output: Any) -> torch.Tensor:
+        return sum_parts(output, group)
+
     module.register_forward_pre_hook(before, with_kwargs=True)
-    module.register_forward_hook(lambda _module, _inputs, output: sum_parts(output, group))
+    module.register_forward_hook(after)
 
 
 def _share_vocabulary(network: PreTrainedModel, group: Group) -> None:
@@ -148,18 +155,18 @@ def _share_vocabulary(network: PreTrainedModel, group: Group) -> None:
         return
     if isinstance(head, nn.Linear) and "weight" in head._parameters:
         _columns(head, group)
-        head.register_forward_hook(lambda _module, _inputs, output: gather(output, group))
+        head.register_forward_hook(_gathering(group))
     if isinstance(embedding, nn.Embedding) and "weight" in embedding._parameters:
         _share_embedding(embedding, group)
 
 
 def _share_embedding(embedding: nn.Embedding, group: Group) -> None:
-    _cut(embedding.weight, 0, group)
+    _cut(cast("nn.Parameter", embedding.weight), 0, group)
     rows = embedding.weight.shape[0]
     first = rows * group.rank()
     own_forward = embedding.forward
     padding = embedding.padding_idx
-    embedding.padding_idx = padding - first if padding is not None and first <= padding < first + rows else None  # type: ignore[assignment]
+    embedding.padding_idx = padding - first if padding is not None and first <= padding < first + rows else None
     embedding.num_embeddings = rows
 
     def forward(input_ids: torch.Tensor) -> torch.Tensor:

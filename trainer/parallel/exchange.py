@@ -59,22 +59,22 @@ class _Split(Function):
 
 def enter(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """Return ``tensor``, the same on all ranks, for work that they share; its gradients are summed."""
-    return _Enter.apply(tensor, group)  # type: ignore[return-value]
+    return _Enter.apply(tensor, group)
 
 
 def sum_parts(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """Return the sum over the ranks; what follows is done by all of them alike."""
-    return _Sum.apply(tensor, group)  # type: ignore[return-value]
+    return _Sum.apply(tensor, group)
 
 
 def gather(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """Return the ranks' tensors joined along the last dim; what follows is done by all of them alike."""
-    return _Gather.apply(tensor, group)  # type: ignore[return-value]
+    return _Gather.apply(tensor, group)
 
 
 def split(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """Return this rank's part along the last dim of a tensor that is the same on all ranks."""
-    return _Split.apply(tensor, group)  # type: ignore[return-value]
+    return _Split.apply(tensor, group)
 
 
 def _summed(tensor: torch.Tensor, group: Group) -> torch.Tensor:

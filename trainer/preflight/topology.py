@@ -8,14 +8,40 @@ from trainer.config.deepspeed_rules import value_at
 from trainer.config.derive import derive_problems
 from trainer.config.model_fields import family_table
 from trainer.core.errors import Problem
+from trainer.models.tensor_plans import PLANS
 from trainer.preflight.facts import NOT_AVAILABLE, Facts, Failing, Rule
 
 
 def _degrees(facts: Facts) -> Iterator[Problem]:
-    for axis in ("tensor", "expert"):
-        degree = getattr(facts.recipe.parallel, axis)
-        if degree > 1:
-            yield Problem(f"parallel.{axis}", degree, f"{axis} parallelism {NOT_AVAILABLE}", "set it to 1")
+    degree = facts.recipe.parallel.expert
+    if degree > 1:
+        yield Problem("parallel.expert", degree, f"expert parallelism {NOT_AVAILABLE}", "set it to 1")
+
+
+def _tensor(facts: Facts) -> Iterator[Problem]:
+    """Each tensor rank computes some of the heads and some of the columns of each layer."""
+    parallel, model = facts.recipe.parallel, facts.model
+    degree, key = parallel.tensor, "parallel.tensor"
+    if degree == 1:
+        return
+    if facts.zero_stage == 3:
+        rule = "ZeRO-3 shards what tensor ranks have divided already, which does not combine"
+        yield Problem(key, degree, rule, "set deepspeed.base: zero2, or parallel.tensor: 1 with ZeRO-3")
+    if value_at(facts.deepspeed, "zero_optimization.offload_optimizer.device") not in (None, "none"):
+        yield Problem(key, degree, "optimizer offload is not available with tensor ranks", "set deepspeed.base: zero2")
+    together = degree * parallel.sequence
+    for field in ("num_attention_heads", "num_key_value_heads"):
+        heads = model.number(field)
+        share = together if field == "num_attention_heads" else degree  # fewer keys than sequence ranks are repeated
+        if heads is not None and heads % share:
+            product = f"{degree} x parallel.sequence = {share}" if share > degree else str(degree)
+            divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            rule = f"{product} does not divide the model's {heads} {'heads' if share == together else 'key heads'}"
+            yield Problem(key, degree, rule, f"use one of {divisors}")
+    family = family_table()["families"].get(model.model_type)
+    if family is not None and not family["tensor_plan"] and model.model_type not in PLANS:
+        rule = f"transformers publishes no plan to divide the layers of {model.model_type}"
+        yield Problem(key, degree, rule, "set it to 1, and parallel.pipeline or ZeRO-3 in its place")
 
 
 def _stages(facts: Facts) -> Iterator[Problem]:
@@ -132,7 +158,32 @@ UNCUTTABLE = {
 SEQUENCE_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 RULES = (
-    Rule("parallel degrees available", _degrees, Failing({"parallel.tensor": 2})),
+    Rule("parallel degrees available", _degrees, Failing({"parallel.expert": 2})),
+    Rule("tensor ranks without ZeRO-3", _tensor, Failing({"parallel.tensor": 2, "deepspeed.base": "zero3"})),
+    Rule(
+        "tensor ranks without offload",
+        _tensor,
+        Failing(
+            {
+                "parallel.tensor": 2,
+                "deepspeed.override": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            }
+        ),
+    ),
+    Rule("heads divisible by tensor ranks", _tensor, Failing({"parallel.tensor": 8}, world_size=8)),
+    Rule(
+        "key heads divisible by tensor ranks",
+        _tensor,
+        Failing({"parallel.tensor": 2, "model.config.num_key_value_heads": 1}),
+    ),
+    Rule(
+        "families with a tensor plan", _tensor, Failing({"parallel.tensor": 2, "model.config": {"model_type": "opt"}})
+    ),
+    Rule(
+        "tensor ranks inside a node",
+        _inside_a_node,
+        Failing({"parallel.tensor": 2, "launch.launcher": "slurm", "launch.slurm": {"nodes": 2, "gpus_per_node": 1}}),
+    ),
     Rule("every stage has a block", _stages, Failing({"parallel.pipeline": 4}, world_size=4)),
     Rule("stages with ZeRO 0 or 1", _stages_and_zero, Failing({"parallel.pipeline": 2, "deepspeed.base": "zero2"})),
     Rule(
