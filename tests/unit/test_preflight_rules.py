@@ -79,7 +79,7 @@ def test_rule_names_differ() -> None:
 
 def test_several_problems_are_reported_at_once(tmp_path: Path) -> None:
     mess = {"override": {"gradient_clippin": 1, "zero_optimization": {"stage": 7}}}
-    parallel = {"tensor": 2}
+    parallel = {"expert": 2}
     path = write_recipe(
         tmp_path, deepspeed=mess, parallel=parallel, schedule={"warmup_steps": 99}, kernels={"compile": True}
     )
@@ -87,7 +87,7 @@ def test_several_problems_are_reported_at_once(tmp_path: Path) -> None:
         prepare(path)
     keys = [problem.key for problem in caught.value.problems]
     assert keys == [
-        "parallel.tensor",
+        "parallel.expert",
         "kernels.compile",
         "schedule.warmup_steps",
         "deepspeed.override.gradient_clippin",
