@@ -63,6 +63,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "SP 2, recomputed": _sequences(2, 3, 2, memory={"activation_checkpointing": "full"}),
     "SP 2, four sequences at a time": _sequences(2, 1, 2, batch={"global_size": 4, "micro_size": 4}),
 }
+EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    **{f"EP 2, ZeRO-{zero}": (2, {"parallel": {"expert": 2}, "deepspeed": ZERO[zero]}) for zero in (0, 1, 2)},
+    "EP 2 x DP 2, ZeRO-0": (4, {"parallel": {"expert": 2}, "deepspeed": ZERO[0]}),
+    "EP 2 x DP 2, ZeRO-2": (4, {"parallel": {"expert": 2}, "deepspeed": ZERO[2]}),
+    "EP 2, recomputed": (
+        2,
+        {"parallel": {"expert": 2}, "deepspeed": ZERO[1], "memory": {"activation_checkpointing": "full"}},
+    ),
+}
 PACKED = (
     "TP 2, ZeRO-1",
     "TP 2, recomputed",
@@ -84,6 +93,9 @@ DAMAGED = tuple(
 
 def layout_cases() -> Iterator[Case]:
     """Yield every family in every layout, then those with several documents a sequence."""
+    for kind in ("mixtral", "qwen3_moe"):
+        for name, (world_size, recipe) in EXPERT_LAYOUTS.items():
+            yield Case(f"{kind}, {name}", tiny_config(kind), world_size, recipe)
     for kind in MATRIX_FAMILIES:
         config = tiny_config(kind)
         for name, (world_size, recipe) in LAYOUTS.items():

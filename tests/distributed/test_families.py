@@ -44,7 +44,7 @@ QUICK_LAYOUTS = [
     for case in layout_cases()
     if case.name.startswith("gemma3_text")
     or (case.name.startswith("gpt2") and ("PP" in case.name or "TP" in case.name))
-    or (case.name.startswith("mixtral") and "TP 2, ZeRO-1" in case.name)
+    or (case.name.startswith("mixtral") and ("TP 2, ZeRO-1" in case.name or "EP 2" in case.name))
 ]
 
 

@@ -87,7 +87,7 @@ REFUSED: tuple[Refused, ...] = (
     Refused("comet.enabled", _on, "the trainer reports by itself", "remove it and see telemetry.*"),
     Refused("hybrid_engine.enabled", _on, NOT_AVAILABLE, "remove hybrid_engine"),
     Refused("compile.deepcompile", _on, NOT_AVAILABLE, "remove it; see kernels.compile"),
-    Refused("expert_parallel.enabled", _on, NOT_AVAILABLE, "remove it; see parallel.expert"),
+    Refused("expert_parallel.enabled", _on, "the trainer spreads experts itself", "remove it and set parallel.expert"),
     Refused(
         "tensor_parallel.autotp_size",
         _above_one,

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from trainer.config.run import Recipe
 from trainer.core.environ import RankEnvironment
 from trainer.engine.build_pipeline import build_staged_engine
+from trainer.engine.expert_groups import ExpertGroups
 from trainer.engine.network import prepare_network, training_device
 from trainer.engine.optimizers import build_optimizer
 from trainer.engine.pipeline import StagedEngine
@@ -22,6 +23,7 @@ from trainer.engine.upstream.zero3_sharding import Zero3Sharding
 from trainer.engine.zero import ZeroEngine
 from trainer.models.build import build_model
 from trainer.models.loss import LossSpec
+from trainer.models.shard_expert import shard_experts
 from trainer.models.shard_sequence import ATTENTION, SequenceAttention
 from trainer.models.shard_tensor import shard_tensor
 from trainer.parallel.groups import axis_group
@@ -80,10 +82,15 @@ def build_engine(
         group = axis_group(mesh, "tensor")
         shard_tensor(network, group)
         tensor = TensorGroups(mesh, group)
+    experts = None
+    if recipe.parallel.expert > 1:
+        experts = ExpertGroups(recipe.parallel.expert)
+        shard_experts(network, experts.ranks, experts.name)
+        network.add_module("expert_groups", experts)
     prepare_network(network, recipe)
     optimizer = build_optimizer(recipe.optimizer, network.named_parameters(), device)
     if stage == 0 and deepspeed_json.get("bf16", {}).get("enabled"):
         engine = stage0_bfloat16_engine(network, optimizer, deepspeed_json, tensor)
     else:
         engine = deepspeed.initialize(model=network, optimizer=optimizer, config=deepspeed_json, mpu=tensor)[0]
-    return ZeroEngine(engine, loss, recipe.optimizer, stage, len(recipe.data.train), mesh, sequence, tensor)
+    return ZeroEngine(engine, loss, recipe.optimizer, stage, len(recipe.data.train), mesh, sequence, tensor, experts)

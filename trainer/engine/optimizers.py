@@ -44,21 +44,24 @@ def parameter_groups(
     sample = next(parameter for parameters in groups.values() for parameter in parameters)
     return [
         {
-            "params": groups.get(settings) or [nn.Parameter(torch.zeros_like(sample.detach().flatten()[:1]))],
-            "weight_decay": settings.weight_decay,
-            "learning_rate_ratio": settings.learning_rate_ratio,
+            "params": groups.get(key) or [nn.Parameter(torch.zeros_like(sample.detach().flatten()[:1]))],
+            "weight_decay": key[0].weight_decay,
+            "learning_rate_ratio": key[0].learning_rate_ratio,
+            **({"moe": True, "name": key[1]} if key[1] else {}),
         }
-        for settings in sorted(used, reverse=True)
+        for key in sorted(used, reverse=True)
     ]
 
 
-def _grouped(named: NamedParameters, config: OptimizerConfig) -> dict[GroupSettings, list[nn.Parameter]]:
-    groups: dict[GroupSettings, list[nn.Parameter]] = {}
+def _grouped(named: NamedParameters, config: OptimizerConfig) -> dict[tuple[GroupSettings, str], list[nn.Parameter]]:
+    """Group by settings and, where experts are spread over ranks, by what DeepSpeed calls those ranks."""
+    groups: dict[tuple[GroupSettings, str], list[nn.Parameter]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
             # ZeRO-3 leaves an empty tensor behind; the true shape is kept beside it.
             ndim = len(getattr(parameter, "ds_shape", parameter.shape))
-            groups.setdefault(group_settings(name, ndim, config), []).append(parameter)
+            key = group_settings(name, ndim, config), getattr(parameter, "group_name", "")
+            groups.setdefault(key, []).append(parameter)
     return groups
 
 

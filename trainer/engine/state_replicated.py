@@ -38,6 +38,12 @@ def writers(sizes: Iterable[tuple[str, int]], world_size: int) -> dict[str, int]
     return chosen
 
 
+def _is_writer(chosen: int, rank: int, tensor: torch.Tensor) -> bool:
+    """Neighbours hold different experts: each of the group that the chosen rank is in writes its own."""
+    ranks = getattr(tensor, "expert_ranks", 1)
+    return chosen // ranks == rank // ranks
+
+
 def persistent_buffers(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the buffers that belong to the model's state (rotary tables and the like are recomputed, so do not)."""
     for prefix, module in network.named_modules():
@@ -53,7 +59,7 @@ def replicated_tensors(
     chosen = writers(((name, tensor.numel()) for name, tensor in tensors), world_size)
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        primary = chosen[name] == rank and owns(name)
+        primary = _is_writer(chosen[name], rank, tensor) and owns(name)
         yield StateSlice(name, "weight", whole_shape_of(tensor), 0, flat, primary, cut_of(tensor))
 
 
@@ -81,7 +87,7 @@ class ReplicatedState:
     def slices(self) -> Iterator[StateSlice]:
         """Yield weights and optimizer state."""
         for name, parameter in self._parameters:
-            primary = self._writers[name] == self._rank and self._owns(name)
+            primary = _is_writer(self._writers[name], self._rank, parameter) and self._owns(name)
             shape, cut = whole_shape_of(parameter), cut_of(parameter)
             for key, tensor in self._masters.of(parameter).items():
                 yield StateSlice(name, key, shape, 0, tensor.view(-1), primary, cut)

@@ -16,6 +16,7 @@ from torch import distributed, nn
 from trainer.config.optimizer import OptimizerConfig
 from trainer.data.batches import MicroBatch
 from trainer.engine.base import Accept, StateReader, StateSlice, StepResult
+from trainer.engine.expert_groups import ExpertGroups
 from trainer.engine.gate import Gate, step_result
 from trainer.engine.inputs import model_inputs
 from trainer.engine.norm import gradient_norm
@@ -51,8 +52,10 @@ class ZeroEngine:
         mesh: Topology,
         sequence: SequenceAttention | None = None,
         tensor: TensorGroups | None = None,
+        experts: ExpertGroups | None = None,
     ) -> None:
         self._tensor = tensor
+        self._experts = experts
         self._sequence = sequence
         self._mesh = mesh
         self._engine = engine
@@ -155,6 +158,8 @@ class ZeroEngine:
         """Free the engine's hooks and buffers."""
         self._engine.destroy()
         groups.mpu = None
+        if self._experts:
+            self._experts.forget()
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's: an engine after this one makes its own
         gc.collect()
 
@@ -197,6 +202,8 @@ class ZeroEngine:
 
     def _norm_of_whole_model(self) -> torch.Tensor:
         group = self._tensor.get_model_parallel_group() if self._tensor else None
+        if self._experts:
+            group = self._experts.ranks
         return gradient_norm(self._network.parameters(), group, self._device)
 
     def _grad_norm(self) -> torch.Tensor | float:

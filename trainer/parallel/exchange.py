@@ -92,3 +92,26 @@ def _gathered(tensor: torch.Tensor, group: Group) -> torch.Tensor:
 
 def _own_part(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     return tensor.chunk(group.size(), dim=-1)[group.rank()].contiguous()
+
+
+class _SendRows(Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
+        ctx.counts, ctx.group = (received, sent), group
+        return _rows_sent(rows, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        sent, received = ctx.counts
+        return _rows_sent(gradients[0], sent, received, ctx.group), None, None, None
+
+
+def send_rows(rows: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
+    """Send the first ``sent[0]`` rows to rank 0, the next to rank 1, ...; return what came, rank by rank."""
+    return _SendRows.apply(rows, sent, received, group)
+
+
+def _rows_sent(rows: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
+    arrived = rows.new_empty((sum(received), *rows.shape[1:]))
+    distributed.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
+    return arrived

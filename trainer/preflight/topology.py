@@ -9,13 +9,32 @@ from trainer.config.derive import derive_problems
 from trainer.config.model_fields import family_table
 from trainer.core.errors import Problem
 from trainer.models.tensor_plans import PLANS
-from trainer.preflight.facts import NOT_AVAILABLE, Facts, Failing, Rule
+from trainer.preflight.facts import Facts, Failing, Rule
 
 
-def _degrees(facts: Facts) -> Iterator[Problem]:
-    degree = facts.recipe.parallel.expert
-    if degree > 1:
-        yield Problem("parallel.expert", degree, f"expert parallelism {NOT_AVAILABLE}", "set it to 1")
+def _expert(facts: Facts) -> Iterator[Problem]:
+    """Each rank holds some of the experts of every block; the ranks are data-parallel ones."""
+    parallel, model = facts.recipe.parallel, facts.model
+    degree, key = parallel.expert, "parallel.expert"
+    if degree == 1:
+        return
+    if facts.zero_stage == 3:
+        rule = "ZeRO-3 shards experts already, which does not combine"
+        yield Problem(key, degree, rule, "set deepspeed.base: zero2, or parallel.expert: 1 with ZeRO-3")
+    if value_at(facts.deepspeed, "zero_optimization.offload_optimizer.device") not in (None, "none"):
+        yield Problem(key, degree, "optimizer offload is not available with expert ranks", "set deepspeed.base: zero2")
+    for axis in ("pipeline", "tensor", "sequence"):
+        if getattr(parallel, axis) > 1:
+            rule = f"expert ranks don't combine with parallel.{axis} = {getattr(parallel, axis)}"
+            yield Problem(key, degree, rule, f"set parallel.{axis} to 1, or parallel.expert to 1")
+    counts = [count for name in EXPERT_COUNTS if (count := model.number(name))]
+    known = model.model_type in family_table()["families"]
+    if known and not counts:
+        yield Problem(key, degree, f"{model.model_type} has no experts", "set it to 1")
+    for count in counts[:1]:
+        if count % degree:
+            divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+            yield Problem(key, degree, f"does not divide the model's {count} experts", f"use one of {divisors}")
 
 
 def _tensor(facts: Facts) -> Iterator[Problem]:
@@ -157,8 +176,26 @@ UNCUTTABLE = {
 
 SEQUENCE_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+_MIXTRAL = {"parallel.expert": 2, "model.config": {"model_type": "mixtral"}}
+
 RULES = (
-    Rule("parallel degrees available", _degrees, Failing({"parallel.expert": 2})),
+    Rule("experts to spread", _expert, Failing({"parallel.expert": 2})),
+    Rule(
+        "experts divisible by expert ranks",
+        _expert,
+        Failing(
+            {"parallel.expert": 3, "batch.global_size": 12, "model.config": {"model_type": "mixtral"}}, world_size=3
+        ),
+    ),
+    Rule("expert ranks without ZeRO-3", _expert, Failing(_MIXTRAL | {"deepspeed.base": "zero3"})),
+    Rule(
+        "expert ranks without offload",
+        _expert,
+        Failing(_MIXTRAL | {"deepspeed.override": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}),
+    ),
+    Rule("expert ranks alone", _expert, Failing(_MIXTRAL | {"parallel.tensor": 2}, world_size=4)),
     Rule("tensor ranks without ZeRO-3", _tensor, Failing({"parallel.tensor": 2, "deepspeed.base": "zero3"})),
     Rule(
         "tensor ranks without offload",
