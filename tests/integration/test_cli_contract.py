@@ -78,7 +78,7 @@ BAD_OVERRIDES = {
     "too_long": (["data.sequence_length=128"], ["data.sequence_length", "max_position_embeddings"]),
     "batch": (["batch.global_size=7"], ["batch.global_size", "7"]),
     "ranks": (["launch.processes=3"], ["batch.global_size", "3"]),
-    "not_yet": (["parallel.tensor=2"], ["parallel.tensor"]),
+    "not_yet": (["kernels.compile=true"], ["kernels.compile"]),
     "directory_is_a_file": (["run.directory=tiny.yaml"], ["run.directory", "tiny.yaml"]),
     "directory_below_a_file": (["run.directory=tiny.yaml/run"], ["run.directory", "tiny.yaml"]),
     "no_model_directory": (["model.path=./no-model", "model.config=null"], ["model.path", "./no-model"]),
