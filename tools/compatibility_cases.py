@@ -170,7 +170,10 @@ class Bench:
         clip_norm, rate = settings.pop("clip_norm"), settings.pop("learning_rate")
         if "epsilon" in settings:
             settings["eps"] = settings.pop("epsilon")
-        return {"optimizer": settings, "clip_norm": clip_norm, "learning_rates": [rate] * STEPS}
+        return {
+            "optimizer": settings, "clip_norm": clip_norm, "learning_rates": [rate] * STEPS,
+            "orthogonal": [r".*\.\d+\..*"],  # Muon's: matrices of numbered blocks
+        }  # fmt: skip
 
     def _recipe(self, case: Case, model: Path) -> dict[str, Any]:
         recipe: dict[str, Any] = {

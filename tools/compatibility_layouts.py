@@ -10,6 +10,7 @@ from compatibility_configs import tiny_config
 
 MATRIX_FAMILIES = ("llama", "gpt2", "qwen3", "gemma3_text", "mixtral")
 HPZ = {"zero_optimization": {"zero_hpz_partition_size": 2}}
+MUON: dict[str, Any] = {"betas": [0.9, 0.95], "epsilon": 1e-3, "momentum": 0.95, "weight_decay": 0.0}
 ZERO: dict[int, dict[str, Any]] = {stage: {"base": f"zero{stage}"} for stage in (0, 1, 2, 3)}
 
 
@@ -25,9 +26,9 @@ def _tensors(tensor: int, zero: int, world_size: int, **sections: Any) -> tuple[
     return world_size, {"parallel": {"tensor": tensor}, "deepspeed": ZERO[zero], **sections}
 
 
-def _optimizer(name: str, pipeline: int, **settings: Any) -> tuple[int, dict[str, Any]]:
+def _optimizer(name: str, pipeline: int, zero: int = 1, **settings: Any) -> tuple[int, dict[str, Any]]:
     # Steps of the gradient's sign, or nearly so: a smaller rate, so that one flipped sign stays within the bound.
-    return _stages(pipeline, 1, 2, optimizer={"name": name, "learning_rate": 1e-4, **settings})
+    return _stages(pipeline, zero, 2, optimizer={"name": name, "learning_rate": 1e-4, **settings})
 
 
 # name -> (ranks, sections of the recipe)
@@ -48,6 +49,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP 2, balanced by parameters": _stages(2, 1, 2, parallel={"pipeline": 2, "balance": "parameters"}),
     "Lion, DP 2, ZeRO-1": _optimizer("lion", 1, betas=[0.9, 0.99], weight_decay=0.0),
     "Lion, PP 2, ZeRO-1": _optimizer("lion", 2, betas=[0.9, 0.99], weight_decay=0.0),
+    **{f"Muon, DP 2, ZeRO-{zero}": _optimizer("muon", 1, zero, **MUON) for zero in (0, 1, 2, 3)},
+    "Muon, DP 4, ZeRO-1": (4, _optimizer("muon", 1, 1, **MUON)[1]),
+    "Muon, PP 2, ZeRO-1": _optimizer("muon", 2, **MUON),
+    "Muon, PP 2 x DP 2, ZeRO-1": (4, _optimizer("muon", 2, **MUON)[1]),
     "Adagrad, DP 2, ZeRO-1": _optimizer("adagrad", 1, epsilon=1e-3, weight_decay=0.0),
     **{f"SP 2, ZeRO-{zero}": _sequences(2, zero, 2) for zero in (1, 2, 3)},
     **{f"TP 2, ZeRO-{zero}": _tensors(2, zero, 2) for zero in (0, 1, 2)},

@@ -23,13 +23,17 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("base", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload_param", "hpz"])
+@pytest.mark.parametrize(
+    "base", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload_param", "hpz", "muon", "adagrad"]
+)
 def test_killed_and_resumed_equals_undisturbed(trainer: Trainer, base: str, dtype: str) -> None:
     run = f"{base}-{dtype}"
     deepspeed: dict[str, Any] = {"base": base}
     if base == "hpz":
         deepspeed = {"base": "zero3", "override": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
     settings = {"model": {"dtype": dtype}, "deepspeed": deepspeed}
+    if base in ("muon", "adagrad"):
+        settings |= {"deepspeed": {"base": "zero1"}, "optimizer": {"name": base}}
     straight = trainer.recipe(f"{run}-straight", **settings)
     trainer.check(trainer.train(straight), straight)
     killed = trainer.recipe(f"{run}-killed", **settings)

@@ -103,3 +103,17 @@ with deepspeed.zero.GatheredParameters([parameter]):
 """
     ratio = float(run(code).split("std:")[1])
     assert abs(ratio - 1) > 0.5  # torch's default, not transformers' 0.02
+
+
+def test_adagrad_is_still_replaced_upstream_and_ours_is_not() -> None:
+    code = """
+import deepspeed, torch
+from trainer.engine.upstream.adagrad import Adagrad
+model = torch.nn.Linear(4, 4)
+config = {{"train_batch_size": 1, "zero_allow_untested_optimizer": True, "zero_optimization": {{"stage": 1}}}}
+made = {kind}([{{"params": [model.weight], "weight_decay": 0.1}}, {{"params": [model.bias]}}], lr=1.0)
+engine = deepspeed.initialize(model=model, optimizer=made, config=config)[0]
+print("kept:", engine.optimizer.optimizer is made, [g["weight_decay"] for g in engine.optimizer.optimizer.param_groups])
+"""
+    assert "kept: False [0]" in run(code.format(kind="torch.optim.Adagrad"))
+    assert "kept: True [0.1, 0.0]" in run(code.format(kind="Adagrad"))

@@ -22,6 +22,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "overrides",
     [
         ("parallel.pipeline=2", "data.mask_documents=true", "model.freeze=['norm']"),
+        ("model.dtype=float32", "deepspeed.base=zero2", "optimizer.name=muon", "schedule.warmup_steps=3"),
+        ("model.dtype=float32", "deepspeed.base=zero1", "optimizer.name=adagrad", "schedule.warmup_steps=3"),
         ("model.dtype=bfloat16", "deepspeed.base=zero3", "optimizer.name=lion", "schedule.warmup_steps=2"),
     ],
 )

@@ -42,20 +42,21 @@ def test_state_and_hyperparameters_are_torchs(settings: dict[str, Any]) -> None:
     assert ("step" in state) == spec.counts_steps
     tensors = {key for key, value in state.items() if key != "step" and value.shape == parameter.shape}
     assert set(spec.torch_state_keys(config).values()) == tensors == set(state) - {"step"}
-    assert tuple(spec.torch_state_keys(config)) == spec.state_keys(config)
     group = optimizer.param_groups[0]
     assert group["lr"] == config.learning_rate
     assert group["weight_decay"] == config.weight_decay
-    named = {"betas": config.betas, "eps": config.epsilon, "momentum": config.momentum}
+    named = {"betas": config.betas, "eps": config.epsilon, "momentum": config.chosen_momentum}
     wanted = {"adamw": ("betas", "eps"), "sgd": ("momentum",), "lion": ("betas",), "adagrad": ("eps",)}[config.name]
     assert {key: group[key] for key in wanted} == {key: named[key] for key in wanted}
 
 
 def test_logical_names() -> None:
-    assert TABLE["adamw"].state_keys(OptimizerConfig()) == ("exp_avg", "exp_avg_sq")
+    assert tuple(TABLE["adamw"].torch_state_keys(OptimizerConfig())) == ("exp_avg", "exp_avg_sq")
+    muon = OptimizerConfig(name="muon")
+    assert TABLE["muon"].torch_state_keys(muon, orthogonal=True) == {"momentum": "momentum_buffer"}
     momentum = OptimizerConfig(name="sgd", momentum=0.9)
     assert TABLE["sgd"].torch_state_keys(momentum) == {"momentum": "momentum_buffer"}
-    assert TABLE["sgd"].state_keys(OptimizerConfig(name="sgd")) == ()
+    assert TABLE["sgd"].torch_state_keys(OptimizerConfig(name="sgd")) == {}
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ REFUSED: tuple[Refused, ...] = (
 )
 
 FP32 = ("fp32", "float32", "float", "torch.float32", "auto", None)
-OPTIMIZER_TYPES = {"adamw": ("adamw", "adam"), "sgd": ("sgd",), "lion": ("lion",), "adagrad": ("adagrad",)}
+OPTIMIZER_TYPES = {name: (name,) for name in ("sgd", "lion", "adagrad", "muon")} | {"adamw": ("adamw", "adam")}
 # Say how the update is computed, not what it is: without effect, because the trainer brings its own optimizer.
 IMPLEMENTATION_PARAMS = {"torch_adam", "fused", "foreach", "capturable", "set_grad_none", "differentiable"}
 DEFAULT_PARAMS: dict[str, Any] = {
@@ -184,12 +184,12 @@ def _optimizer_problems(section: Mapping[str, Any], file: DeepSpeedFile, recipe:
         "weight_decay": ("optimizer.weight_decay", optimizer.weight_decay),
         "max_grad_norm": ("optimizer.clip_norm", optimizer.clip_norm),
     }
-    if optimizer.name in ("adamw", "lion"):
+    if optimizer.name in ("adamw", "lion", "muon"):
         agreed["betas"] = ("optimizer.betas", list(optimizer.betas))
-    if optimizer.name in ("adamw", "adagrad"):
+    if optimizer.name in ("adamw", "adagrad", "muon"):
         agreed["eps"] = ("optimizer.epsilon", optimizer.epsilon)
-    if optimizer.name == "sgd":
-        agreed["momentum"] = ("optimizer.momentum", optimizer.momentum)
+    if optimizer.name in ("sgd", "muon"):
+        agreed["momentum"] = ("optimizer.momentum", optimizer.chosen_momentum)
     params = section.get("params")
     for name, value in cast("Mapping[str, Any]", params).items() if isinstance(params, Mapping) else ():
         path = f"optimizer.params.{name}"

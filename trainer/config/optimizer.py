@@ -25,22 +25,29 @@ class ParameterGroupConfig(Section):
 class OptimizerConfig(Section):
     """How weights follow gradients. State is float32 whatever the compute dtype."""
 
-    name: Literal["adamw", "sgd", "lion", "adagrad"] = "adamw"
-    """Name in trainer/optim/table.py."""
+    name: Literal["adamw", "sgd", "lion", "adagrad", "muon"] = "adamw"
+    """Name in trainer/optim/table.py. ``muon``: for the matrices of blocks, AdamW for the rest."""
     learning_rate: float = Field(default=3.0e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """Decay of AdamW's first and second moment, each in [0, 1); of Lion's step and momentum."""
+    """Decay of AdamW's first and second moment, each in [0, 1), also beside Muon; of Lion's step and momentum."""
     epsilon: float = Field(default=1.0e-8, gt=0)
     """Denominator term of AdamW and Adagrad."""
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    """SGD's momentum."""
+    momentum: float | None = Field(default=None, ge=0, lt=1)
+    """Of SGD (null: 0) and Muon (null: 0.95)."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decay of matrices, not of biases and norms; decoupled with AdamW and Lion, else in the gradient."""
+    """Decay of matrices, not of biases and norms; decoupled with AdamW, Lion and Muon, else in the gradient."""
     clip_norm: float = Field(default=1.0, ge=0)
     """Global gradient norm to clip at; 0 switches clipping off."""
     groups: tuple[ParameterGroupConfig, ...] = ()
     """Exceptions, e.g. ``{pattern: embed, learning_rate_ratio: 0.1}``."""
+
+    @property
+    def chosen_momentum(self) -> float:
+        """``momentum``, or the optimizer's default."""
+        if self.momentum is not None:
+            return self.momentum
+        return 0.95 if self.name == "muon" else 0.0
 
 
 class ScheduleConfig(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from trainer.optim.groups import GroupSettings, group_settings
 from trainer.optim.table import TABLE
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
+Masters = Sequence[tuple[torch.Tensor, int]]
+"""What torch's optimizer steps on, and the number of its parameter group."""
 
 
 def build_optimizer(
@@ -47,6 +49,7 @@ def parameter_groups(
             "params": groups.get(key) or [nn.Parameter(torch.zeros_like(sample.detach().flatten()[:1]))],
             "weight_decay": key[0].weight_decay,
             "learning_rate_ratio": key[0].learning_rate_ratio,
+            "orthogonal": key[0].orthogonal,
             **({"moe": True, "name": key[1]} if key[1] else {}),
         }
         for key in sorted(used, reverse=True)
@@ -71,7 +74,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate * group["learning_rate_ratio"]
 
 
-def initialise_state(config: OptimizerConfig, optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> None:
+def initialise_state(config: OptimizerConfig, optimizer: torch.optim.Optimizer, masters: Masters) -> None:
     """Create the state torch would create at the first step, so that it can be saved and loaded before one.
 
     A step vetoed at the very start then leaves the same state as one that was never taken.
@@ -80,13 +83,14 @@ def initialise_state(config: OptimizerConfig, optimizer: torch.optim.Optimizer, 
     current = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for parameter in [p for p in optimizer.state if id(p) not in current]:
         del optimizer.state[parameter]  # made for parameters that DeepSpeed has put flat ones in place of
-    for parameter in parameters:
+    for parameter, group in masters:
         state = optimizer.state[parameter]
         if state:
             continue
-        if spec.counts_steps:  # the fused step keeps its count on the parameter's device
+        orthogonal = optimizer.param_groups[group]["orthogonal"]
+        if spec.counts_steps and not orthogonal:  # the fused step keeps its count on the parameter's device
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        for key in spec.torch_state_keys(config).values():
+        for key in spec.torch_state_keys(config, orthogonal).values():
             state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
@@ -102,9 +106,11 @@ class MasterState:
 
     def __init__(self, config: OptimizerConfig, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
-        self._torch_keys = TABLE[config.name].torch_state_keys(config)
+        spec = TABLE[config.name]
+        self._torch_keys = spec.torch_state_keys(config) | spec.torch_state_keys(config, orthogonal=True)
 
     def of(self, master: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return ``weight`` and the optimizer's tensors of one master tensor, each of its shape."""
         state = self.optimizer.state[master]
-        return {"weight": master.detach()} | {key: state[name] for key, name in self._torch_keys.items()}
+        kept = {key: state[name] for key, name in self._torch_keys.items() if name in state}
+        return {"weight": master.detach()} | kept

@@ -17,6 +17,7 @@ from trainer.data.batches import MicroBatch
 from trainer.engine.base import Accept, StateReader, StateSlice, StepResult
 from trainer.engine.gate import Gate, Reading, step_result
 from trainer.engine.inputs import model_inputs
+from trainer.engine.muon import Muon
 from trainer.engine.norm import gradient_norm
 from trainer.engine.optimizers import MasterState, initialise_state, set_learning_rate
 from trainer.engine.pipeline_module import MicroBatches
@@ -80,7 +81,10 @@ class StagedEngine:
                 self._parameters, engine.optimizer, masters, engine.zero_optimization_stage() == 0,
                 self._place.data, topology.data, owns,
             )  # fmt: skip
-        initialise_state(optimizer, self._base, self._state.flat_masters())
+        initialise_state(optimizer, self._base, self._state.masters())
+        if isinstance(self._base, Muon):
+            stage = engine.zero_optimization_stage()
+            self._base.attach(self._state, cast("Any", engine).seq_data_parallel_group if stage else None)
         self._clip_norm = optimizer.clip_norm
         self._plain_norm: torch.Tensor | None = None
         if engine.optimizer is self._base:

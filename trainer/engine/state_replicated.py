@@ -80,9 +80,11 @@ class ReplicatedState:
         self._owns = owns
         self._writers = writers(((name, p.numel()) for name, p in self._parameters), world_size)
 
-    def flat_masters(self) -> list[torch.Tensor]:
-        """Return the tensors torch's optimizer steps on."""
-        return [parameter for _, parameter in self._parameters]
+    def masters(self) -> list[tuple[torch.Tensor, int]]:
+        """Return the tensors torch's optimizer steps on, each with its parameter group."""
+        groups = enumerate(self._masters.optimizer.param_groups)
+        numbers = {id(parameter): number for number, group in groups for parameter in group["params"]}
+        return [(parameter, numbers[id(parameter)]) for _, parameter in self._parameters]
 
     def slices(self) -> Iterator[StateSlice]:
         """Yield weights and optimizer state."""

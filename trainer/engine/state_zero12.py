@@ -40,14 +40,17 @@ class FlatPartitionState:
         # Unpartitioned (stage 0): every rank has all of it, so one of them is chosen to write.
         self._writers = writers(((name, p.numel()) for name, p in self._parameters), world_size) if replicated else None
 
-    def flat_masters(self) -> list[torch.Tensor]:
+    def masters(self) -> list[tuple[torch.Tensor, int]]:
         """Return this rank's float32 flat partitions, one a parameter group."""
+        return [(flat, number) for number, flat in enumerate(self._flats())]
+
+    def _flats(self) -> list[torch.Tensor]:
         flats = getattr(self._zero, "single_partition_of_fp32_groups", None)
         return flats if flats is not None else self._zero.fp32_groups_flat_partition
 
     def slices(self) -> Iterator[StateSlice]:
         """Yield the master weights and optimizer state of this rank's partition."""
-        flats = self.flat_masters()
+        flats = self._flats()
         for name, parameter in self._parameters:
             mapping = parameter._hp_mapping
             if mapping is None:  # lies wholly in other ranks' partitions

@@ -21,9 +21,10 @@ class Zero3State:
         self._zero = zero_optimizer
         self._masters = masters
 
-    def flat_masters(self) -> list[torch.Tensor]:
-        """Return this rank's float32 partitions, one a sub-group."""
-        return self._zero.fp32_partitioned_groups_flat
+    def masters(self) -> list[tuple[torch.Tensor, int]]:
+        """Return this rank's float32 partitions, one a sub-group, each with its parameter group."""
+        flats = enumerate(self._zero.fp32_partitioned_groups_flat)
+        return [(flat, self._zero.sub_group_to_group_id[number]) for number, flat in flats]
 
     def slices(self) -> Iterator[StateSlice]:
         """Yield this rank's part of every parameter; frozen ones in the compute dtype."""

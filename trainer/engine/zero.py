@@ -19,6 +19,7 @@ from trainer.engine.base import Accept, StateReader, StateSlice, StepResult
 from trainer.engine.expert_groups import ExpertGroups
 from trainer.engine.gate import Gate, step_result
 from trainer.engine.inputs import model_inputs
+from trainer.engine.muon import Muon
 from trainer.engine.norm import gradient_norm
 from trainer.engine.optimizers import MasterState, initialise_state, set_learning_rate
 from trainer.engine.sequence import local_part
@@ -73,7 +74,10 @@ class ZeroEngine:
         self._replicas = mesh.world_size // mesh.tensor
         self._replica = self._rank // mesh.tensor
         self._state = self._state_access(MasterState(optimizer, self._base))
-        initialise_state(optimizer, self._base, self._state.flat_masters())
+        initialise_state(optimizer, self._base, self._state.masters())
+        if isinstance(self._base, Muon):
+            # At stage 0 every rank has all of every matrix.
+            self._base.attach(self._state, cast("Any", engine).seq_data_parallel_group if stage else None)
         self._plain_norm: torch.Tensor | None = None
         if stage == 0 and not engine.bfloat16_enabled():
             # DeepSpeed computes this norm only when it clips, and then throws it away.

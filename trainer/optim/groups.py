@@ -32,13 +32,30 @@ class GroupSettings:
 
     weight_decay: float
     learning_rate_ratio: float = 1.0
+    orthogonal: bool = False
+    """Whether Muon makes the step of each matrix orthogonal."""
 
 
 def group_settings(name: str, ndim: int, config: OptimizerConfig) -> GroupSettings:
     """Return how parameter ``name`` of ``ndim`` dims is trained: as the first matching group says, else as usual."""
     usual = config.weight_decay if decayed(name, ndim) else 0.0
+    orthogonal = config.name == "muon" and hidden_matrix(name, ndim)
     for group in config.groups:
         if re.search(group.pattern, name):
             decay = usual if group.weight_decay is None else group.weight_decay
-            return GroupSettings(decay, group.learning_rate_ratio)
-    return GroupSettings(usual)
+            return GroupSettings(decay, group.learning_rate_ratio, orthogonal)
+    return GroupSettings(usual, orthogonal=orthogonal)
+
+
+def hidden_matrix(name: str, ndim: int) -> bool:
+    """Return whether parameter ``name`` maps hidden states to hidden states, as Muon wants it.
+
+    Matrices of blocks (numbered modules) do, experts stacked into three dims too. Embeddings and the head lie outside
+    of blocks; convolutions and embeddings inside have names of their own.
+    """
+    words = name.split(".")
+    if not decayed(name, ndim) or not any(word.isdigit() for word in words):
+        return False
+    if any(re.search(r"conv|embed|^wte$|^wpe$", word, re.IGNORECASE) for word in words):
+        return False
+    return ndim == 2 or (ndim == 3 and any("expert" in word for word in words))

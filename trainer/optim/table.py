@@ -34,14 +34,16 @@ class OptimizerSpec:
     """Whether the state holds a scalar ``step`` too."""
     fused: bool = True
     """Whether the class has a fused step on CPU and CUDA."""
+    orthogonal_state: tuple[StateKey, ...] = ()
+    """Of groups with ``orthogonal: True``, in place of ``state_of`` and the step count."""
 
-    def state_keys(self, config: OptimizerConfig) -> tuple[str, ...]:
-        """Return the logical names of the per-parameter tensors, e.g. ("exp_avg", "exp_avg_sq")."""
-        return tuple(key.logical for key in self.state_of(config))
+    def torch_state_keys(self, config: OptimizerConfig, orthogonal: bool = False) -> dict[str, str]:
+        """Return logical name -> torch's key of the per-parameter tensors, e.g. {"momentum": "momentum_buffer"}."""
+        keys = self.orthogonal_state if orthogonal else self.state_of(config)
+        return {key.logical: key.torch for key in keys}
 
-    def torch_state_keys(self, config: OptimizerConfig) -> dict[str, str]:
-        """Return logical name -> torch's key, e.g. {"momentum": "momentum_buffer"}."""
-        return {key.logical: key.torch for key in self.state_of(config)}
+
+_MOMENTUM = (StateKey("momentum", "momentum_buffer"),)
 
 
 def _adamw_state(config: OptimizerConfig) -> tuple[StateKey, ...]:
@@ -59,12 +61,12 @@ def _adamw_hyperparameters(config: OptimizerConfig) -> dict[str, Any]:
 
 
 def _sgd_state(config: OptimizerConfig) -> tuple[StateKey, ...]:
-    return (StateKey("momentum", "momentum_buffer"),) if config.momentum > 0 else ()
+    return _MOMENTUM if config.chosen_momentum else ()
 
 
 def _sgd_hyperparameters(config: OptimizerConfig) -> dict[str, Any]:
     # torch adds SGD's decay to the gradient: the same as decoupled decay only without momentum.
-    return {"lr": config.learning_rate, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    return {"lr": config.learning_rate, "momentum": config.chosen_momentum, "weight_decay": config.weight_decay}
 
 
 def _lion_state(config: OptimizerConfig) -> tuple[StateKey, ...]:
@@ -85,6 +87,10 @@ def _adagrad_hyperparameters(config: OptimizerConfig) -> dict[str, Any]:
     return {"lr": config.learning_rate, "eps": config.epsilon, "weight_decay": config.weight_decay}
 
 
+def _muon_hyperparameters(config: OptimizerConfig) -> dict[str, Any]:
+    return _adamw_hyperparameters(config) | {"momentum": config.chosen_momentum}
+
+
 TABLE: dict[str, OptimizerSpec] = {
     spec.name: spec
     for spec in (
@@ -95,11 +101,20 @@ TABLE: dict[str, OptimizerSpec] = {
         ),
         OptimizerSpec(
             "adagrad",
-            "torch.optim.Adagrad",
+            "trainer.engine.upstream.adagrad.Adagrad",
             _adagrad_state,
             _adagrad_hyperparameters,
             counts_steps=True,
             fused=False,
+        ),
+        OptimizerSpec(
+            "muon",
+            "trainer.engine.muon.Muon",
+            _adamw_state,
+            _muon_hyperparameters,
+            counts_steps=True,
+            fused=False,
+            orthogonal_state=_MOMENTUM,
         ),
     )
 }

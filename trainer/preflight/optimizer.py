@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from trainer.config.deepspeed_rules import value_at
 from trainer.core.errors import Problem
 from trainer.preflight.facts import Facts, Failing, Rule
 
@@ -26,9 +27,25 @@ def _decay(facts: Facts) -> Iterator[Problem]:
 
 def _momentum(facts: Facts) -> Iterator[Problem]:
     optimizer = facts.recipe.optimizer
-    if optimizer.name != "sgd" and optimizer.momentum > 0:
-        rule = f"momentum is SGD's; {optimizer.name} has its own settings"
+    if optimizer.name not in ("sgd", "muon") and optimizer.momentum is not None:
+        rule = f"momentum is of SGD and Muon; {optimizer.name} has its own settings"
         yield Problem("optimizer.momentum", optimizer.momentum, rule, "remove it or set optimizer.name: sgd")
+
+
+def _muon(facts: Facts) -> Iterator[Problem]:
+    """Muon's step of a matrix needs all of it, on the device that computes it."""
+    parallel = facts.recipe.parallel
+    if facts.recipe.optimizer.name != "muon":
+        return
+    for axis in ("tensor", "expert"):
+        degree = getattr(parallel, axis)
+        if degree > 1:
+            rule = f"needs whole matrices, which parallel.{axis} = {degree} divides"
+            fix = f"set parallel.{axis}: 1 (ZeRO and pipeline stages work), or optimizer.name: adamw"
+            yield Problem("optimizer.name", "muon", rule, fix)
+    if value_at(facts.deepspeed, "zero_optimization.offload_optimizer.device") not in (None, "none"):
+        rule = "multiplies matrices in its step, and optimizer offload leaves them to the CPU"
+        yield Problem("optimizer.name", "muon", rule, "remove offload_optimizer, or set optimizer.name: adamw")
 
 
 def _groups(facts: Facts) -> Iterator[Problem]:
@@ -52,5 +69,16 @@ RULES = (
     Rule("inverse square root after a warm-up", _inverse_sqrt, Failing({"schedule.name": "inverse_sqrt"})),
     Rule("warm-up within the run", _warmup, Failing({"schedule.warmup_steps": 9})),
     Rule("decay after the warm-up", _decay, Failing({"schedule.warmup_steps": 2, "schedule.decay_steps": 1})),
-    Rule("momentum only with SGD", _momentum, Failing({"optimizer.momentum": 0.9})),
+    Rule("momentum only with SGD and Muon", _momentum, Failing({"optimizer.momentum": 0.9})),
+    Rule("Muon and tensor ranks", _muon, Failing({"optimizer.name": "muon", "parallel.tensor": 2})),
+    Rule(
+        "Muon and offload",
+        _muon,
+        Failing(
+            {
+                "optimizer.name": "muon",
+                "deepspeed.override": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            }
+        ),
+    ),
 )

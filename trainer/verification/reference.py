@@ -2,7 +2,8 @@
 
 usage: python reference.py JOB.json, where the job is
 {"model": directory, "attention": name, "batches": safetensors, "optimizer": {"name": ..., torch's keyword arguments},
-"groups": {trained parameter: [weight decay, learning-rate ratio]} or absent: all alike, "clip_norm": x,
+"groups": {trained parameter: [weight decay, learning-rate ratio]} or absent: all alike, "orthogonal": regular
+expressions that match the names of the matrices that Muon takes, "clip_norm": x,
 "learning_rates": [one a step], "output": directory}.
 
 ``batches`` holds ``tokens``, int64 [steps, sequences, sequence + 1], and optionally ``documents``, int64 [steps,
@@ -13,6 +14,7 @@ step, ``weights.safetensors`` after the last and ``result.json``.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,64 @@ class Lion(torch.optim.Optimizer):
                 parameter.copy_(parameter - group["lr"] * (update + group["weight_decay"] * parameter))
 
 
+class Muon(torch.optim.Optimizer):
+    """Whole matrices, one after the other, as in https://kellerjordan.github.io/posts/muon/, sized like AdamW's steps.
+
+    torch's own computes in bfloat16 and takes no stacked experts.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every matrix."""
+        del closure
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                mean = self.state[parameter].setdefault("m", torch.zeros_like(parameter))
+                mean.copy_(group["momentum"] * mean + (1 - group["momentum"]) * parameter.grad)
+                mixed = group["momentum"] * mean + (1 - group["momentum"]) * parameter.grad
+                shape = parameter.shape
+                steps = torch.stack([newton_schulz(m) for m in mixed.view(-1, *shape[-2:])]).view(shape)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.sub_(group["lr"] * 0.2 * max(shape[-2:]) ** 0.5 * steps)
+
+
+def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
+    """Return it with singular values near 1, by five steps of the post's polynomial."""
+    x = matrix / matrix.norm().clamp(min=1e-7)
+    for _ in range(5):
+        inner, outer = x.T @ x, x @ x.T
+        # The smaller of the two products: the same polynomial of x.
+        if len(inner) < len(outer):
+            x = 3.4445 * x + x @ (-4.7750 * inner + 2.0315 * inner @ inner)
+        else:
+            x = 3.4445 * x + (-4.7750 * outer + 2.0315 * outer @ outer) @ x
+    return x
+
+
+class Several:
+    """Optimizers of different parameters as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self._optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all."""
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        """Step all."""
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+
+
 def train(job: dict[str, Any]) -> None:
     """Load, take the steps and write what came out."""
     output = Path(job["output"])
@@ -51,7 +111,7 @@ def train(job: dict[str, Any]) -> None:
     if job.get("groups") is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in job["groups"])
-    optimizer = make_optimizer(model, job["optimizer"], job.get("groups"))
+    optimizer = make_optimizer(model, job["optimizer"], job.get("groups"), job.get("orthogonal") or [])
     batches = load_file(job["batches"])
     steps: list[list[float]] = []
     for step, rate in enumerate(job["learning_rates"]):
@@ -73,22 +133,29 @@ def train(job: dict[str, Any]) -> None:
 
 
 def make_optimizer(
-    model: PreTrainedModel, settings: dict[str, Any], groups: dict[str, list[float]] | None
-) -> torch.optim.Optimizer:
+    model: PreTrainedModel, settings: dict[str, Any], groups: dict[str, list[float]] | None, orthogonal: list[str]
+) -> torch.optim.Optimizer | Several:
     """Return torch's optimizer over every parameter, each with its own weight decay and learning-rate ratio."""
     settings = dict(settings)
     name = settings.pop("name")
-    parameters: Any = list(model.parameters())
-    if groups is not None:
-        parameters = [
-            {"params": [p], "weight_decay": groups[name][0], "ratio": groups[name][1]}
-            for name, p in model.named_parameters()
-            if name in groups
-        ]
+    named = dict(model.named_parameters())
+    made: dict[str, Any] = {
+        key: {"params": [p], **({"weight_decay": groups[key][0], "ratio": groups[key][1]} if groups else {})}
+        for key, p in named.items()
+        if groups is None or key in groups
+    }
+    parameters: Any = list(made.values())
+    if name == "muon":
+        momentum = settings.pop("momentum")
+        chosen = {k for k, p in named.items() if p.ndim >= 2 and any(re.fullmatch(e, k) for e in orthogonal)}
+        matrices = [made[key] for key in made if key in chosen]
+        others = [made[key] for key in made if key not in chosen]
+        muon = Muon(matrices, {"lr": 0.0, "weight_decay": settings.get("weight_decay", 0.0), "momentum": momentum})
+        return Several(muon, torch.optim.AdamW(others, lr=0.0, **settings))
     if name == "lion":
         return Lion(parameters, {"lr": 0.0, "weight_decay": 0.0, **settings})
-    made = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}[name]
-    return made(parameters, lr=0.0, **settings)
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}[name]
+    return kind(parameters, lr=0.0, **settings)
 
 
 def backward(model: PreTrainedModel, tokens: torch.Tensor, documents: torch.Tensor | None) -> float:

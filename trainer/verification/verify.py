@@ -156,9 +156,10 @@ def _reference(
     optimizer = recipe.optimizer
     keywords: dict[str, dict[str, Any]] = {
         "adamw": {"betas": optimizer.betas, "eps": optimizer.epsilon},
-        "sgd": {"momentum": optimizer.momentum},
+        "sgd": {"momentum": optimizer.chosen_momentum},
         "lion": {"betas": optimizer.betas},
         "adagrad": {"eps": optimizer.epsilon},
+        "muon": {"betas": optimizer.betas, "eps": optimizer.epsilon, "momentum": optimizer.chosen_momentum},
     }
 
     def trained(key: str) -> bool:
@@ -173,6 +174,7 @@ def _reference(
         "model": str(model), "attention": recipe.model.attention, "batches": str(batches),
         "optimizer": {"name": optimizer.name, **keywords[optimizer.name]},
         "groups": {key: [s.weight_decay, s.learning_rate_ratio] for key, s in settings.items()},
+        "orthogonal": [key for key, setting in settings.items() if setting.orthogonal],
         "clip_norm": optimizer.clip_norm, "output": str(directory / f"{name}-reference"),
         "learning_rates": [
             optimizer.learning_rate * multiplier(recipe.schedule, step + 1, total) for step in range(num_steps)
