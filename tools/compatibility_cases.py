@@ -177,7 +177,7 @@ class Bench:
 
     def _recipe(self, case: Case, model: Path) -> dict[str, Any]:
         recipe: dict[str, Any] = {
-            "run": {"directory": "unused", "steps": STEPS, "seed": self.seed},
+            "run": {"directory": str(self.directory / "run"), "steps": STEPS, "seed": self.seed},
             "model": {"path": str(model), "dtype": "float32", "attention": case.attention},
             "data": {"train": [{"path": "unused"}], "sequence_length": LENGTH},
             "batch": {"global_size": SEQUENCES, "micro_size": 1},

@@ -68,6 +68,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "SP 2, recomputed": _sequences(2, 3, 2, memory={"activation_checkpointing": "full"}),
     "SP 2, four sequences at a time": _sequences(2, 1, 2, batch={"global_size": 4, "micro_size": 4}),
 }
+# Files of less than a megabyte stay in memory: with these many tokens the embedding's two halves are larger.
+NVME_TOKENS = 20_000
+NVME: dict[str, tuple[int, dict[str, Any]]] = {
+    f"DP 2, ZeRO-3, {name} on NVMe": (2, {"deepspeed": {"base": base, "override": {"zero_optimization": zero}}})
+    for name, base, zero in (
+        ("optimizer", "zero3", {"offload_optimizer": {"device": "nvme"}}),
+        ("all", "zero3_offload_nvme", {"sub_group_size": 200_000}),
+    )
+}
 EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     **{f"EP 2, ZeRO-{zero}": (2, {"parallel": {"expert": 2}, "deepspeed": ZERO[zero]}) for zero in (0, 1, 2)},
     "EP 2 x DP 2, ZeRO-0": (4, {"parallel": {"expert": 2}, "deepspeed": ZERO[0]}),
@@ -105,6 +114,8 @@ def layout_cases() -> Iterator[Case]:
         config = tiny_config(kind)
         for name, (world_size, recipe) in LAYOUTS.items():
             yield Case(f"{kind}, {name}", config, world_size, recipe)
+        for name, (world_size, recipe) in NVME.items():
+            yield Case(f"{kind}, {name}", config | {"vocab_size": NVME_TOKENS}, world_size, recipe)
         for name in PACKED:
             world_size, recipe = LAYOUTS[name]
             yield Case(f"{kind}, {name}, packed documents", config, world_size, recipe, packed=True)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import packages
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +115,9 @@ class SlurmCluster:
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[SlurmCluster]:
     """A cluster of 2 nodes (8 CPUs and 4 pretended GPUs each), made once and torn down always."""
-    _require_packages()
+    if os.geteuid() != 0:
+        packages.give_up("a SLURM cluster of network namespaces needs root")
+    packages.require(PACKAGES, lambda: all(shutil.which(program) for program in PROGRAMS))
     _remove_abandoned()
     directory = Path(tempfile.mkdtemp(prefix=f"trainer-slurm-{os.getpid()}-", dir="/tmp"))  # short: a socket lies in it
     directory.chmod(0o755)
@@ -128,29 +131,6 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
 
 def _prefix(pid: int) -> str:
     return f"trainer-slurm-{pid}"
-
-
-def _require_packages() -> None:
-    """Install what is missing. Where that can't be done: a failure in CI, a skip with its reason elsewhere."""
-    if os.geteuid() != 0:
-        _give_up("a SLURM cluster of network namespaces needs root")
-    if all(shutil.which(program) for program in PROGRAMS):
-        return
-    if shutil.which("apt-get") is None:
-        _give_up(f"needs {' '.join(PACKAGES)}, and this is not Debian")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for arguments in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-        done = subprocess.run(
-            ["apt-get", *arguments], capture_output=True, text=True, env=environment, timeout=280, check=False
-        )
-        if done.returncode != 0:
-            _give_up(f"apt-get {arguments[0]} failed: {done.stderr.strip()[-500:]}")
-
-
-def _give_up(reason: str) -> None:
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"{reason} (never skipped in CI)")
-    pytest.skip(reason)
 
 
 def _remove_abandoned() -> None:

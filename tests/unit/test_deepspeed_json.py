@@ -106,7 +106,16 @@ def test_bases_resolve(base: str, dtype: str) -> None:
 
 
 def test_bases_are_those_we_name() -> None:
-    assert base_names() == ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_offload_param"]
+    assert base_names() == [
+        "zero0",
+        "zero1",
+        "zero2",
+        "zero2_offload",
+        "zero3",
+        "zero3_offload",
+        "zero3_offload_nvme",
+        "zero3_offload_param",
+    ]
 
 
 def test_bases_are_accepted_by_deepspeed() -> None:
@@ -121,7 +130,7 @@ def test_bases_are_accepted_by_deepspeed() -> None:
         "    o = c.zero_config.offload_optimizer\n"
         "    print('RESULT', json.dumps([c.train_batch_size, c.gradient_accumulation_steps, int(c.zero_config.stage),\n"
         "        c.gradient_clipping, c.bfloat16_config.enabled, c.grad_accum_dtype, str(c.communication_data_type),\n"
-        "        c.zero_config.overlap_comm, bool(o and o.device == 'cpu')]))\n"
+        "        c.zero_config.overlap_comm, bool(o and o.device in ('cpu', 'nvme'))]))\n"
     )
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, input=json.dumps(resolved), capture_output=True, text=True, timeout=120, check=False)
@@ -197,6 +206,10 @@ def test_the_old_name_of_bf16() -> None:
         ({"wall_clock_breakdown": "yes"}, ["wall_clock_breakdown"]),
         ({"zero_optimization": {"sub_group_size": 1.5}}, ["zero_optimization.sub_group_size"]),
         ({"zero_optimization": {"offload_optimizer": 3}}, ["zero_optimization.offload_optimizer"]),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+            ["zero_optimization.offload_optimizer.device"],
+        ),
     ],
 )
 def test_refusals(override: dict[str, Any], keys: list[str]) -> None:
@@ -206,8 +219,6 @@ def test_refusals(override: dict[str, Any], keys: list[str]) -> None:
 
 
 BAD_VALUES: dict[str, Any] = {
-    "zero_optimization.offload_param.device": "nvme",
-    "zero_optimization.offload_optimizer.device": "nvme",
     "zero_optimization.zenflow": {"topk_ratio": 0.1},
     "zero_optimization.compute_grad_norm": False,
     "gradient_allreduce_op": "sum",
@@ -331,3 +342,19 @@ def test_resources_are_found() -> None:
     assert resource_directory("slurm").is_dir()
     with pytest.raises(KeyError):
         resource_directory("nothing")
+
+
+def test_runs_have_files_of_their_own_on_nvme() -> None:
+    def paths(**override: Any) -> list[str]:
+        zero = {"zero_optimization": {"offload_optimizer": override}} if override else {}
+        candidate = recipe("zero3_offload_nvme", override=zero, model={"config": {"model_type": "gpt2"}})
+        resolved = resolve_deepspeed(candidate, derive(candidate, 2))["zero_optimization"]
+        assert 0 < resolved["offload_param"]["buffer_size"] < 100_000_000
+        return [resolved[name]["nvme_path"] for name in ("offload_optimizer", "offload_param")]
+
+    beside = paths()
+    assert beside[0] == beside[1]
+    assert beside[0].endswith("/offload")
+    elsewhere = paths(nvme_path="/local/disk")[0]
+    assert elsewhere.startswith("/local/disk/")
+    assert elsewhere != "/local/disk/"

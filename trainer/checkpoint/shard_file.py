@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -30,14 +31,28 @@ _DTYPES = {
 _CHUNK_BYTES = 16 * 2**20
 
 
-def write_shard(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[int, str]:
+@dataclass(frozen=True)
+class Entry:
+    """A flat tensor of a shard; ``read`` is called when it is written, since not all of them may be in memory."""
+
+    key: str
+    dtype: torch.dtype
+    count: int
+    read: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, key: str, tensor: torch.Tensor) -> Entry:
+        """Return the entry of a tensor in memory."""
+        return cls(key, tensor.dtype, tensor.numel(), lambda: tensor)
+
+
+def write_shard(path: Path, entries: Sequence[Entry]) -> tuple[int, str]:
     """Write flat tensors under unique keys, fsync, and return (bytes, xxh3_64 hex). Raises OSError."""
-    entries = [(key, tensor.detach()) for key, tensor in tensors]
     header: dict[str, object] = {}
     offset = 0
-    for key, tensor in entries:
-        end = offset + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": [offset, end]}
+    for entry in entries:
+        end = offset + entry.count * entry.dtype.itemsize
+        header[entry.key] = {"dtype": _DTYPES[entry.dtype], "shape": [entry.count], "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -46,8 +61,8 @@ def write_shard(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> tupl
         for block in (len(text).to_bytes(8, "little"), text):
             digest.update(block)
             file.write(block)
-        for _, tensor in entries:
-            flat = tensor.cpu().contiguous().view(torch.uint8).numpy().data
+        for entry in entries:
+            flat = entry.read().detach().cpu().contiguous().view(torch.uint8).numpy().data
             for start in range(0, len(flat), _CHUNK_BYTES):
                 chunk = flat[start : start + _CHUNK_BYTES]
                 digest.update(chunk)

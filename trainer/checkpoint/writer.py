@@ -16,7 +16,7 @@ from typing import Any
 from trainer.checkpoint import layout, random_state
 from trainer.checkpoint.agreement import Ranks
 from trainer.checkpoint.retention import to_delete
-from trainer.checkpoint.shard_file import write_shard
+from trainer.checkpoint.shard_file import Entry, write_shard
 from trainer.core import faults
 from trainer.core.durable import fsync_directory, replace_text, write_durably
 from trainer.core.errors import CheckpointError
@@ -101,12 +101,12 @@ class CheckpointWriter:
         try:
             faults.reach("checkpoint.before_shard", rank=rank, step=step)
             mine = [piece for piece in slices if piece.primary]
-            tensors = [(slice_key(piece.name, piece.key), piece.tensor) for piece in mine]
-            shard.bytes, shard.xxh3_64 = write_shard(path, tensors + list(random_state.capture().items()))
+            entries = [Entry(slice_key(p.name, p.key), p.dtype, p.count, lambda p=p: p.tensor) for p in mine]
+            entries += [Entry.of(key, tensor) for key, tensor in random_state.capture().items()]
+            shard.bytes, shard.xxh3_64 = write_shard(path, entries)
             faults.reach("checkpoint.shard_written", rank=rank, step=step, path=path)
             shard.slices = [
-                (p.name, p.key, str(p.tensor.dtype).removeprefix("torch."), p.shape, p.start, p.tensor.numel(), p.cut)
-                for p in mine
+                (p.name, p.key, str(p.dtype).removeprefix("torch."), p.shape, p.start, p.count, p.cut) for p in mine
             ]
         except (OSError, RuntimeError) as failure:
             shard.error = str(failure)

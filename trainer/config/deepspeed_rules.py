@@ -54,19 +54,7 @@ REFUSED: tuple[Refused, ...] = (
         "checkpoints are written by the trainer and load at any number of ranks",
         "remove it",
     ),
-    Refused(
-        "zero_optimization.offload_param.device",
-        lambda value: value == "nvme",
-        f"offload to NVMe {NOT_AVAILABLE}",
-        "set it to cpu or none",
-    ),
     Refused("zero_optimization.cpu_offload_param", _on, f"offload_param {NOT_AVAILABLE}", "remove it"),
-    Refused(
-        "zero_optimization.offload_optimizer.device",
-        lambda value: value == "nvme",
-        f"offload to NVMe {NOT_AVAILABLE}",
-        "set it to cpu or none",
-    ),
     Refused("zero_optimization.offload_optimizer.super_offload", _on, NOT_AVAILABLE, "remove it"),
     Refused("zero_optimization.zenflow", _section, NOT_AVAILABLE, "remove it"),
     Refused("zero_optimization.zero_quantized_weights", _on, f"ZeRO++ {NOT_AVAILABLE}", "remove it"),
@@ -154,6 +142,10 @@ def _stage_problems(file: DeepSpeedFile) -> Iterator[Problem]:
     if stage == 0 and _device(device):
         path = "zero_optimization.offload_optimizer.device"
         yield Problem(file.key(path), device, "optimizer offload needs ZeRO stage 1, 2 or 3", "raise the stage")
+    for section in ("offload_optimizer", "offload_param"):
+        path = f"zero_optimization.{section}.device"
+        if value_at(file.values, path) == "nvme" and stage != 3:
+            yield Problem(file.key(path), "nvme", "NVMe needs ZeRO stage 3", "set deepspeed.base: zero3_offload_nvme")
     ratio = value_at(file.values, "zero_optimization.offload_optimizer.ratio")
     if isinstance(ratio, int | float) and ratio < 1 and stage != 3:
         path = "zero_optimization.offload_optimizer.ratio"

@@ -49,11 +49,32 @@ class StepResult:
 Accept = Callable[[StepPreview], bool]
 
 
+class Swapped(Protocol):
+    """Elements that are brought into memory when they are asked for."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Their dtype."""
+        ...
+
+    def numel(self) -> int:
+        """Return how many they are."""
+        ...
+
+    def fetch(self) -> torch.Tensor:
+        """Return them, [count]; good until the next piece of state is fetched."""
+        ...
+
+    def fill(self, values: torch.Tensor) -> None:
+        """Put others in their place."""
+        ...
+
+
 @dataclass(frozen=True)
 class StateSlice:
-    """A contiguous piece of one logical tensor that this rank owns or needs.
+    """A contiguous piece of a logical tensor that this rank owns or needs.
 
-    ``tensor`` is a flat view into live memory: read it to save, write into it to load.
+    Read ``tensor`` to save, ``fill`` to load.
     """
 
     name: str
@@ -64,12 +85,34 @@ class StateSlice:
     """Global shape of the logical tensor."""
     start: int
     """First element, in the flattened logical tensor."""
-    tensor: torch.Tensor
-    """[count], this rank's elements."""
+    held: torch.Tensor | Swapped
+    """[count], this rank's elements: a flat view into live memory, or on another medium."""
     primary: bool
     """True on exactly one rank per element: who writes it. Other ranks hold replicas."""
     cut: Cut | None = None
     """The part of the logical tensor that ``start`` counts in, where tensors are divided over tensor ranks."""
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return self.held.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the elements."""
+        return self.held.dtype
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The elements, good until the next slice's are asked for."""
+        return self.held if isinstance(self.held, torch.Tensor) else self.held.fetch()
+
+    def fill(self, values: torch.Tensor) -> None:
+        """Load ``values``, [count]."""
+        if isinstance(self.held, torch.Tensor):
+            self.held.copy_(values)
+        else:
+            self.held.fill(values)
 
 
 class StateReader(Protocol):

@@ -16,6 +16,7 @@ from trainer.engine.expert_groups import ExpertGroups
 from trainer.engine.network import prepare_network, training_device
 from trainer.engine.optimizers import build_optimizer
 from trainer.engine.pipeline import StagedEngine
+from trainer.engine.state_nvme import prepare_nvme
 from trainer.engine.tensor_groups import TensorGroups
 from trainer.engine.upstream import lazy_muon, no_shared_memory_build
 from trainer.engine.upstream.stage0_bfloat16 import stage0_bfloat16_engine
@@ -63,6 +64,7 @@ def build_engine(
     if recipe.parallel.pipeline > 1:
         return build_staged_engine(recipe, model, config, deepspeed_json, loss, environment)
     stage = deepspeed_json["zero_optimization"]["stage"]
+    prepare_nvme(deepspeed_json)
     device = training_device(environment.local_rank)
     mesh = mesh_of(recipe.parallel, environment.world_size)
     sequence = None

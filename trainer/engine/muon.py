@@ -12,7 +12,7 @@ and its update back: with ZeRO 1 and 2 those at the edges of partitions do, with
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -55,7 +55,7 @@ class _Matrix:
 class MasterAccess(Protocol):
     """What the engines' state offers."""
 
-    def masters(self) -> Sequence[tuple[torch.Tensor, int]]:
+    def masters(self) -> Iterable[tuple[torch.Tensor, int]]:
         """Return what is stepped on, each with its parameter group."""
         ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from trainer.optim.groups import GroupSettings, group_settings
 from trainer.optim.table import TABLE
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
-Masters = Sequence[tuple[torch.Tensor, int]]
+Masters = Iterable[tuple[torch.Tensor, int]]
 """What torch's optimizer steps on, and the number of its parameter group."""
 
 

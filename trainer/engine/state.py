@@ -17,6 +17,6 @@ def load_slices(
     for piece in slices:
         if optimizer_steps is None and piece.key != "weight":
             continue
-        piece.tensor.copy_(reader.read(piece.name, piece.key, piece.start, piece.tensor.numel(), piece.cut))
+        piece.fill(reader.read(piece.name, piece.key, piece.start, piece.count, piece.cut))
     if optimizer_steps is not None:
         set_optimizer_steps(optimizer, optimizer_steps)

@@ -110,6 +110,8 @@ class ZeroEngine:
     ) -> StepResult:
         """Run one optimizer step. See TrainEngine."""
         started = time.perf_counter()
+        if isinstance(self._state, Zero3State):
+            self._state.settle()
         self._network.train()
         set_learning_rate(self._base, learning_rate)
         parts = [self._local(batch) for batch in batches]
@@ -159,7 +161,9 @@ class ZeroEngine:
             self._state.refresh()
 
     def close(self) -> None:
-        """Free the engine's hooks and buffers."""
+        """Free the engine's hooks, buffers and files."""
+        if isinstance(self._state, Zero3State):
+            self._state.delete_files()
         self._engine.destroy()
         groups.mpu = None
         if self._experts:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from trainer.config.deepspeed_rules import value_at
 from trainer.config.derive import derive_problems
-from trainer.config.model_fields import family_table
+from trainer.config.model_fields import EXPERT_COUNTS, family_table
 from trainer.core.errors import Problem
 from trainer.models.tensor_plans import PLANS
 from trainer.preflight.facts import Facts, Failing, Rule
@@ -159,6 +159,13 @@ def _secondary_partition(facts: Facts) -> Iterator[Problem]:
         yield Problem(key, size, f"does not divide the {facts.world_size} ranks", "use the number of ranks of a node")
 
 
+def _frozen_on_nvme(facts: Facts) -> Iterator[Problem]:
+    path, patterns = "zero_optimization.offload_param.device", list(facts.recipe.model.freeze)
+    if patterns and value_at(facts.deepspeed, path) == "nvme":
+        rule = "frozen parameters can't be read back from NVMe when a checkpoint is saved"
+        yield Problem("model.freeze", patterns, rule, f"set deepspeed.override.{path}: cpu, or freeze nothing")
+
+
 def _divisible(facts: Facts) -> Iterator[Problem]:
     yield from (problem for problem in derive_problems(facts.recipe, facts.world_size) if problem.key == "parallel")
 
@@ -175,8 +182,6 @@ UNCUTTABLE = {
 }
 
 SEQUENCE_LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 _MIXTRAL = {"parallel.expert": 2, "model.config": {"model_type": "mixtral"}}
 
@@ -288,6 +293,11 @@ RULES = (
                 "deepspeed.override": {"zero_optimization": {"zero_hpz_partition_size": 3}},
             }
         ),
+    ),
+    Rule(
+        "frozen parameters and NVMe",
+        _frozen_on_nvme,
+        Failing({"deepspeed.base": "zero3_offload_nvme", "model.freeze": ["embed"]}),
     ),
     Rule("world size divisible by the mesh", _divisible, Failing({"parallel.pipeline": 2}, world_size=3)),
     Rule("batch triangle", _batch, Failing({"batch.global_size": 7})),

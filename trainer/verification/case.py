@@ -103,9 +103,9 @@ def rows_of(batches: dict[str, torch.Tensor], step: int, rows: slice) -> MicroBa
 def save_state(engine: TrainEngine, key: str, path: Path) -> None:
     """Gather one kind of state from all ranks, whole, and write it on rank 0."""
     found = [s for s in engine.iterate_state() if s.primary and s.key == key]
-    mine = [(s.name, s.cut, s.shape, s.start, s.tensor.cpu()) for s in found]
+    mine = [(s.name, s.cut, s.shape, s.start, s.tensor.clone().cpu()) for s in found]
     parts: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(parts, [(*facts, values.clone()) for *facts, values in mine])
+    distributed.all_gather_object(parts, mine)
     if distributed.get_rank():
         return
     held: dict[tuple[str, Cut | None], torch.Tensor] = {}

@@ -1,0 +1,102 @@
+"""State that ZeRO-3 keeps on NVMe: a sub-group's masters and optimizer state are in memory only while they are used."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder  # type: ignore[attr-defined] # set at run time
+
+from trainer.core.errors import Problem, RecipeError
+from trainer.engine.upstream import nvme_swapping
+
+
+def prepare_nvme(deepspeed_json: Mapping[str, Any]) -> None:
+    """Get ready if state is to lie on NVMe. Raises RecipeError if DeepSpeed can't build what reads and writes it."""
+    zero = deepspeed_json["zero_optimization"]
+    on_nvme = [
+        name for name in ("offload_optimizer", "offload_param") if (zero.get(name) or {}).get("device") == "nvme"
+    ]
+    if not on_nvme:
+        return
+    nvme_swapping.install()
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        rule = "offload to NVMe needs libaio and a C++ compiler on every node, to build DeepSpeed's async_io"
+        fix = "install libaio-dev (Debian) or libaio-devel (Red Hat), or set the device to cpu"
+        raise RecipeError(Problem(f"zero_optimization.{on_nvme[0]}.device", "nvme", rule, fix))
+
+
+class SwappedGroups:
+    """Brings one sub-group at a time into the buffers that DeepSpeed steps in, and lets it go again."""
+
+    def __init__(self, zero_optimizer: Any) -> None:
+        self._zero = zero_optimizer
+        self._present: int | None = None
+        self._changed = False
+
+    def holds(self, group: int) -> bool:
+        """Return whether a sub-group lies there: small ones stay in memory."""
+        return self._zero._swappable_optimizer_subgroup(group)
+
+    def bring(self, group: int, *, changed: bool = False) -> None:
+        """Have a sub-group in memory, no other; ``changed``: it is written back when it is let go."""
+        if self._present != group:
+            self.settle()
+            self._zero._optimizer_states_and_gradient_swap_in(group)
+            self._present = group
+        self._changed |= changed
+
+    def settle(self) -> None:
+        """Let go of the sub-group in memory. A changed one is written back, and copied into the compute weights."""
+        if self._present is None:
+            return
+        if self._changed:
+            self._zero._reassign_or_swap_out_partitioned_parameters(self._present)
+            self._zero._optimizer_states_and_gradient_swap_out(self._present)
+        else:
+            self._zero._release_swap_buffers(self._present)
+        self._present, self._changed = None, False
+
+    def delete_files(self, parameters: list[Any]) -> None:
+        """Delete this rank's files: a run that goes on writes them anew."""
+        swappers = [self._zero.optimizer_swapper, *(getattr(p, "nvme_swapper", None) for p in parameters[:1])]
+        for folder in [Path(swapper.swap_folder) for swapper in swappers if swapper is not None]:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the last rank of a node leaves nothing behind
+                for parent in list(folder.parents)[:3]:
+                    parent.rmdir()
+
+
+@dataclass(frozen=True)
+class SwappedPiece:
+    """Implements trainer.engine.base.Swapped."""
+
+    groups: SwappedGroups
+    group: int
+    view: Callable[[], torch.Tensor]
+    """Finds the elements while the sub-group is in memory."""
+    count: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of masters and their state."""
+        return torch.float32
+
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return self.count
+
+    def fetch(self) -> torch.Tensor:
+        """Return the elements."""
+        self.groups.bring(self.group)
+        return self.view()
+
+    def fill(self, values: torch.Tensor) -> None:
+        """Replace the elements."""
+        self.groups.bring(self.group, changed=True)
+        self.view().copy_(values)
