@@ -33,6 +33,7 @@ from trainer.engine.state_zero3 import Zero3State
 from trainer.engine.state_zero12 import FlatPartitionState
 from trainer.engine.tensor_groups import TensorGroups
 from trainer.engine.totals import StepTotals
+from trainer.engine.upstream.changed_accumulation import set_accumulation
 from trainer.models.loss import LossSpec
 from trainer.models.shard_sequence import SequenceAttention
 from trainer.parallel.cut import whole_shape_of
@@ -106,6 +107,7 @@ class ZeroEngine:
     ) -> StepResult:
         """Run one optimizer step. See TrainEngine."""
         started = time.perf_counter()
+        set_accumulation(self._engine, len(batches))
         self._network.train()
         set_learning_rate(self._base, learning_rate)
         parts = [self._local(batch) for batch in batches]
