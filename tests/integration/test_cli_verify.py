@@ -22,7 +22,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "overrides",
     [
         ("parallel.pipeline=2", "data.mask_documents=true", "model.freeze=['norm']"),
-        ("model.dtype=bfloat16", "deepspeed.base=zero3", "optimizer.name=lion", "schedule.warmup_steps=2"),
+        (
+            "model.dtype=bfloat16",
+            "deepspeed.base=zero3",
+            "optimizer.name=lion",
+            "schedule.warmup_steps=2",
+            "batch.warmup={start_size: 4, increment: 4, steps: 3}",
+        ),
     ],
 )
 def test_a_recipe_computes_what_plain_transformers_does(world: Path, overrides: tuple[str, ...]) -> None:
