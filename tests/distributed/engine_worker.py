@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 
 import torch
 from torch import distributed
@@ -22,6 +23,7 @@ from trainer.engine.build import build_engine, join_group, leave_group
 from trainer.models.config import hugging_face_config
 from trainer.models.loss import LossSpec, cross_entropy_by_row
 from trainer.parallel.topology import Topology, mesh_of
+from trainer.verification.case import save_state
 
 spec = json.load(open(sys.argv[1]))
 tokens = torch.tensor(spec["tokens"])  # [steps, sequences, sequence + 1]
@@ -37,7 +39,7 @@ def mesh(case: dict) -> Topology:
 
 def recipe_of(case: dict) -> Recipe:
     steps, sequences, length = tokens.shape
-    micro = sequences // mesh(case).data // case.get("accumulation", 1)
+    micro = case.get("micro") or sequences // mesh(case).data // case.get("accumulation", 1)
     return Recipe.model_validate(
         {
             "run": {"directory": "unused", "steps": steps, "seed": spec["seed"]},
@@ -72,7 +74,8 @@ def engine_of(case: dict, *, from_scratch: bool = False) -> TrainEngine:
 
 
 def micro_batches(batch: torch.Tensor, case: dict) -> list[MicroBatch]:
-    accumulation, shape = case.get("accumulation", 1), mesh(case)
+    shape = mesh(case)
+    accumulation = len(batch) // shape.data // case["micro"] if "micro" in case else case.get("accumulation", 1)
     micro, replica = len(batch) // shape.data // accumulation, shape.place(ranks.rank).data
     parts = []
     for index in range(accumulation):
@@ -91,6 +94,20 @@ def step(engine: TrainEngine, number: int, case: dict, accept=lambda preview: Tr
 def parity(case: dict) -> dict:
     engine = engine_of(case)
     results = [step(engine, number, case) for number in range(len(tokens))]
+    engine.close()
+    return {"steps": [[r.loss, r.grad_norm] for r in results], "target_tokens": [r.target_tokens for r in results]}
+
+
+def growing(case: dict) -> dict:
+    """Steps of other sizes, each the first sequences of its batch; with ``output`` the momentum after each is saved."""
+    engine = engine_of(case)
+    results = []
+    for number, size in enumerate(case["sizes"]):
+        batches, accepted = micro_batches(tokens[number][:size], case), number != case.get("veto")
+        results.append(engine.train_batch(batches, lambda _, answer=accepted: answer, spec["learning_rate"], False))
+        if "output" in case:
+            save_state(engine, "momentum", Path(case["output"]) / f"{case['name']}-{number}.safetensors")
+        engine.evaluate(batches[:1])
     engine.close()
     return {"steps": [[r.loss, r.grad_norm] for r in results], "target_tokens": [r.target_tokens for r in results]}
 
@@ -147,7 +164,7 @@ def weights(case: dict) -> dict:
     }
 
 
-CASES = {"parity": parity, "veto": veto, "weights": weights}
+CASES = {"parity": parity, "growing": growing, "veto": veto, "weights": weights}
 
 environ.die_with_parent(os.environ)
 environ.export(ranks, os.environ)

@@ -53,6 +53,19 @@ def test_killed_and_resumed_equals_undisturbed(trainer: Trainer, base: str, dtyp
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+def test_a_batch_warmup_killed_and_resumed_computes_what_the_whole_model_does(trainer: Trainer) -> None:
+    batch = {"global_size": 12, "micro_size": 2, "warmup": {"start_size": 2, "increment": 2, "steps": 15}}
+    whole = trainer.recipe("warmup-whole", dropout=0.0, batch=batch)
+    trainer.check(trainer.train(whole, world=1), whole)
+    killed = trainer.recipe("warmup-killed", dropout=0.0, batch=batch, **STAGES)
+    assert trainer.train(killed, faults="train.step:*:13:kill") == [-9, -9]
+    trainer.check(trainer.train(killed), killed)
+    assert trainer.status("warmup-killed")["resumed_step"] == 10
+    expected, found = trainer.metrics("warmup-whole"), trainer.metrics("warmup-killed")
+    assert found.keys() == expected.keys()
+    assert max(abs(found[key] - expected[key]) for key in expected) < 1e-5
+
+
 @pytest.fixture(scope="module")
 def whole(trainer: Trainer) -> Path:
     """A run without stages, dropout off: other layouts must compute what it does."""

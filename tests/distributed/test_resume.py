@@ -5,6 +5,7 @@ Each run is a process group of its own, forked from one that has imported torch 
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -62,6 +63,59 @@ def test_a_zero2_checkpoint_of_two_ranks_resumes_at_another_shape(trainer: Train
     assert found.keys() == expected.keys()
     assert max(abs(found[key] - expected[key]) for key in expected) < 1e-5
     assert trainer.status(run)["resumed_step"] == 10
+
+
+WARMUP = {"global_size": 12, "micro_size": 2, "warmup": {"start_size": 4, "increment": 4, "steps": 16}}
+"""Eight steps of 4 sequences, eight of 8, then 12: the checkpoint of step 10 lies in the middle."""
+
+
+@pytest.mark.parametrize(("base", "dtype"), [("zero0", "bfloat16"), ("zero2", "float32"), ("zero3", "bfloat16")])
+def test_killed_inside_a_batch_warmup_and_resumed_equals_undisturbed(trainer: Trainer, base: str, dtype: str) -> None:
+    run = f"warmup-{base}-{dtype}"
+    settings: dict[str, Any] = {"model": {"dtype": dtype}, "deepspeed": {"base": base}, "batch": WARMUP}
+    straight = trainer.recipe(f"{run}-straight", **settings)
+    trainer.check(trainer.train(straight), straight)
+    killed = trainer.recipe(f"{run}-killed", **settings)
+    assert trainer.train(killed, faults="train.step:*:13:kill") == [-9, -9]
+    trainer.check(trainer.train(killed), killed)
+    assert trainer.status(f"{run}-killed")["resumed_step"] == 10
+    assert exact_lines(trainer, f"{run}-killed") == exact_lines(trainer, f"{run}-straight")
+    assert trainer.metrics(f"{run}-killed") == trainer.metrics(f"{run}-straight")
+    lines = exact_lines(trainer, f"{run}-straight")
+    assert [line["global_batch_size"] for line in lines] == [4] * 8 + [8] * 8 + [12] * 4
+    assert [line["samples"] for line in lines[7::8]] == [32, 96]
+    assert all(line["tokens"] == 32 * line["samples"] for line in lines)
+    summary = (
+        "12 = 2 micro x 3 accumulation x 2 ranks after a warm-up from 4 by 4 over 16 steps, 20 steps, 4.61k tokens"
+    )
+    assert summary in straight.with_suffix(".out").read_text()
+
+
+def exact_lines(trainer: Trainer, run: str) -> list[dict[str, Any]]:
+    """Everything of the steps that two runs of the same recipe must share to the last bit."""
+    path = trainer.directory / run / "metrics.jsonl"
+    lines = [line for line in map(json.loads, path.read_text().splitlines()) if "kind" not in line]
+    own = {"time_unix", "memory_bytes", "tokens_per_second", "step_seconds", "data_wait_seconds"}
+    own |= {"forward_backward_seconds", "optimizer_seconds"}
+    return [{key: value for key, value in line.items() if key not in own} for line in lines]
+
+
+@pytest.mark.parametrize(("base", "world", "micro"), [("zero3", 1, 2), ("zero1", 4, 1)])
+def test_a_batch_warmup_goes_on_at_another_number_of_ranks(trainer: Trainer, base: str, world: int, micro: int) -> None:
+    source = trainer.recipe("warmup-source", dropout=0.0, batch=WARMUP)
+    if not (trainer.directory / "warmup-source").exists():
+        trainer.check(trainer.train(source), source)
+    run = f"warmup-{base}-{world}"
+    shutil.copytree(trainer.directory / "warmup-source", trainer.directory / run)
+    shutil.rmtree(trainer.directory / run / "checkpoints" / f"step-{STEPS:08d}")
+    recipe = trainer.recipe(run, dropout=0.0, deepspeed={"base": base}, batch=WARMUP | {"micro_size": micro})
+    trainer.check(trainer.train(recipe, world=world), recipe)
+    assert trainer.status(run)["resumed_step"] == 10
+    expected, found = trainer.metrics("warmup-source"), trainer.metrics(run)
+    assert found.keys() == expected.keys()
+    assert max(abs(found[key] - expected[key]) for key in expected) < 1e-5
+    hashes = [[line["batch_hash"] for line in exact_lines(trainer, name)] for name in ("warmup-source", run)]
+    assert hashes[0] == hashes[1]
 
 
 @pytest.mark.parametrize(

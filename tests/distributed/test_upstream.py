@@ -117,3 +117,21 @@ print("kept:", engine.optimizer.optimizer is made, [g["weight_decay"] for g in e
 """
     assert "kept: False [0]" in run(code.format(kind="torch.optim.Adagrad"))
     assert "kept: True [0.1, 0.0]" in run(code.format(kind="Adagrad"))
+
+
+def test_a_changed_accumulation_still_ends_the_next_step_early_upstream_and_not_with_us() -> None:
+    code = """
+import deepspeed, torch
+from trainer.engine.upstream import no_shared_memory_build
+from trainer.engine.upstream.changed_accumulation import set_accumulation
+no_shared_memory_build.disable()
+model = torch.nn.Linear(4, 4)
+config = {"train_batch_size": 1}
+engine = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), config=config)[0]
+engine.backward(engine(torch.ones(1, 4)).sum())
+engine.step()
+{setup}
+print("ends with the first of", engine.gradient_accumulation_steps(), engine.is_gradient_accumulation_boundary())
+"""
+    assert "ends with the first of 2 True" in run(code.replace("{setup}", "engine.set_train_batch_size(2)"))
+    assert "ends with the first of 2 False" in run(code.replace("{setup}", "set_accumulation(engine, 2)"))

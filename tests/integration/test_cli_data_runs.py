@@ -70,6 +70,24 @@ def test_the_ledger_follows_a_changed_batch_and_looks_ahead(world: Path) -> None
         assert ("the run ends at step 7" in found.stderr) == (step == 9)
 
 
+def test_the_ledger_follows_a_batch_warmup(world: Path) -> None:
+    batch = {"global_size": 8, "micro_size": 1, "warmup": {"start_size": 2, "increment": 2, "steps": 6}}
+    assert trainer("train", recipe(world, "warm", run={"steps": 8}, batch=batch), cwd=world).returncode == 0
+    metrics = world / "warm" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    logged = steps(world, "warm")
+    assert [line["global_batch_size"] for line in logged] == [2, 2, 4, 4, 6, 6, 8, 8]
+    for kept in (lines, [*lines[:2], lines[-1]], []):  # all logged, thinned out, nothing: the recipe alone
+        metrics.write_text("".join(f"{line}\n" for line in kept))
+        for line in logged:
+            found = json.loads(
+                trainer("data", "which", "warm", "--step", str(line["step"]), "--json", cwd=world).stdout
+            )
+            assert found["batch_hash"] == line["batch_hash"], (len(kept), line["step"])
+            assert len(found["samples"]) == line["global_batch_size"]
+            assert found["samples"][-1]["sample"] == line["samples"] - 1
+
+
 def test_a_resume_with_other_data_is_refused_and_may_be_accepted(world: Path) -> None:
     checkpoint = {"every_steps": 2}
     assert trainer("train", recipe(world, "run", checkpoint=checkpoint), cwd=world).returncode == 0
@@ -101,6 +119,11 @@ def test_a_run_longer_than_its_budgets_is_refused(world: Path) -> None:
     assert "add up to 20" in done.stderr
     assert "set run.steps to 3" in done.stderr
     assert trainer("train", recipe(world, "run", run={"steps": 3}, data=data), cwd=world).returncode == 0
+    batch = {"global_size": 8, "micro_size": 1, "warmup": {"start_size": 2, "increment": 2, "steps": 4}}
+    done = trainer("train", recipe(world, "warm", run={"steps": 6}, data=data, batch=batch), cwd=world)
+    assert done.returncode == 2
+    assert "reads 30 sequences" in done.stderr, "2 + 2 + 4 + 6 + 8 + 8"
+    assert "set run.steps to 5" in done.stderr
 
 
 def test_a_corrupt_block_stops_a_run_or_is_left_out(world: Path) -> None:

@@ -119,6 +119,7 @@ class TestFinished:
         assert [step for step, _ in evaluations(finished.directory)] == [0, 10, 20]
         for number, line in enumerate(steps, 1):
             assert line["samples"] == number * tiny.GLOBAL_BATCH
+            assert line["global_batch_size"] == tiny.GLOBAL_BATCH
             assert line["tokens"] == line["target_tokens"] == number * tiny.TOKENS_PER_STEP
             assert line["tokens_per_second"] == pytest.approx(tiny.TOKENS_PER_STEP / line["step_seconds"], rel=0.01)
             assert line["learning_rate"] == 1e-3

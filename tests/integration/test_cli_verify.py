@@ -24,7 +24,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("parallel.pipeline=2", "data.mask_documents=true", "model.freeze=['norm']"),
         ("model.dtype=float32", "deepspeed.base=zero2", "optimizer.name=muon", "schedule.warmup_steps=3"),
         ("model.dtype=float32", "deepspeed.base=zero1", "optimizer.name=adagrad", "schedule.warmup_steps=3"),
-        ("model.dtype=bfloat16", "deepspeed.base=zero3", "optimizer.name=lion", "schedule.warmup_steps=2"),
+        (
+            "model.dtype=bfloat16",
+            "deepspeed.base=zero3",
+            "optimizer.name=lion",
+            "schedule.warmup_steps=2",
+            "batch.warmup={start_size: 4, increment: 4, steps: 3}",
+        ),
     ],
 )
 def test_a_recipe_computes_what_plain_transformers_does(world: Path, overrides: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from trainer.config.data import DataConfig
+from trainer.config.parallel import BatchWarmupConfig
 from trainer.core.errors import DataError
 from trainer.core.targets import IGNORE_INDEX
 from trainer.data.loader import TrainLoader, validation_batches
@@ -102,6 +103,53 @@ def test_global_size_may_change_at_a_resume(paths: list[str]) -> None:
     small = [row for step in global_batches(paths, 1, 1, steps=6, size=4) for row in step]
     large = [row for step in global_batches(paths, 1, 1, steps=2, size=8, consumed=8) for row in step]
     assert large == small[8:24]
+
+
+def warm_batches(
+    paths: list[str], data_size: int, micro: int, workers: int, done: int = 0, consumed: int = 0
+) -> list[list[tuple[int, list[int]]]]:
+    """(sample number, row) of 9 steps of 4, 4, 4, 8, 8, 12, 12, 12, 12 sequences, or of those that are left."""
+    warmup = BatchWarmupConfig(start_size=4, increment=4, steps=5)
+    loaders = [
+        TrainLoader(config(paths, workers), 5, 12, micro, rank, data_size, consumed, None, warmup, done)
+        for rank in range(data_size)
+    ]
+    result = []
+    for _ in range(done, 9):
+        rows: list[tuple[int, list[int]]] = []
+        for loader in loaders:
+            numbers = loader.sample_numbers()
+            batches = loader.next_step()
+            assert [len(batch.input_ids) for batch in batches] == [micro] * len(numbers)
+            rows += zip(numbers.ravel().tolist(), torch.cat([b.input_ids for b in batches]).tolist(), strict=True)
+        result.append(sorted(rows))
+    for loader in loaders:
+        assert loader.consumed_samples == 76
+        loader.close()
+    return result
+
+
+@pytest.mark.parametrize("planned", [1024, 10, 1])
+@pytest.mark.parametrize(("data_size", "micro", "workers"), [(1, 4, 0), (1, 1, 3), (2, 2, 2), (4, 1, 0)])
+def test_a_warm_up_cuts_the_same_samples_into_other_steps(
+    paths: list[str], monkeypatch: pytest.MonkeyPatch, data_size: int, micro: int, workers: int, planned: int
+) -> None:
+    monkeypatch.setattr("trainer.data.loader._PLANNED_SAMPLES", planned)
+    found = warm_batches(paths, data_size, micro, workers)
+    assert [len(rows) for rows in found] == [4, 4, 4, 8, 8, 12, 12, 12, 12]
+    samples = [sample for rows in found for sample, _ in rows]
+    assert samples == list(range(76))
+    plain = global_batches(paths, 1, 1, steps=19, size=4)
+    assert [row for rows in found for _, row in rows] == [row[:-1] for step in plain for row in step]
+    for done, consumed in ((2, 8), (4, 20), (6, 40)):
+        assert warm_batches(paths, data_size, micro, workers, done, consumed) == found[done:]
+
+
+def test_a_size_of_the_warm_up_that_does_not_divide_is_refused(paths: list[str]) -> None:
+    warmup = BatchWarmupConfig(start_size=2, increment=3, steps=4)
+    loader = TrainLoader(config(paths), 0, 8, 1, 0, 2, warmup=warmup)
+    with pytest.raises(DataError, match=r"batch\.global_size = 5"):
+        drain(loader, 3)
 
 
 def test_fingerprint_ignores_layout_and_sees_content(paths: list[str], tmp_path: Path) -> None:

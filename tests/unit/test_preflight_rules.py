@@ -180,6 +180,16 @@ def test_check_prints_what_follows_and_loads_no_torch(tmp_path: Path) -> None:
     assert list(tmp_path.glob("run*")) == []  # nothing was written
 
 
+def test_check_prints_the_warm_up_of_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from trainer.cli.check import check
+
+    warmup = {"start_size": 2, "increment": 2, "steps": 2}
+    check(write_recipe(tmp_path, batch={"global_size": 4, "warmup": warmup}))
+    printed = capsys.readouterr().out
+    assert "4 = 1 micro x 2 accumulation x 2 ranks after a warm-up from 2 by 2 over 2 steps" in printed
+    assert "4 of up to 64 tokens = 192 tokens" in printed  # 2 + 2 + 4 + 4 sequences of 16
+
+
 def test_refusal_of_the_command_line() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "trainer", "check", "nowhere.yaml"],

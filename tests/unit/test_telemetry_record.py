@@ -33,6 +33,7 @@ def step_record(step: int = 1, **changes: Any) -> StepRecord:
         "learning_rate": 3e-4,
         "tokens": 512 * step,
         "samples": step,
+        "global_batch_size": 1,
         "target_tokens": 512 * step,
         "step_seconds": 0.5,
         "tokens_per_second": 1024.0,
@@ -84,6 +85,7 @@ def test_names_others_rely_on() -> None:
     line = strict(step_record().to_json_line())
     numbers = {"step", "loss", "grad_norm", "learning_rate", "tokens", "samples", "target_tokens", "step_seconds"}
     numbers |= {"tokens_per_second", "model_flops_utilization", "data_wait_seconds", "skipped", "time_unix"}
+    numbers |= {"global_batch_size"}
     assert set(line) >= numbers
     assert "kind" not in line
     evaluation = strict(evaluation_record().to_json_line())

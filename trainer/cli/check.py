@@ -23,18 +23,20 @@ def check(
         return
     if recipe is None:
         raise typer.BadParameter("give a recipe, or --schema", param_hint="RECIPE")
+    from trainer.config.batch_schedule import warmup_text
     from trainer.config.deepspeed_json import stage_of
     from trainer.preflight.check import prepare
 
     prepared = prepare(recipe, overrides or (), world_size)
     derived, batch = prepared.derived, prepared.recipe.batch
-    tokens = derived.total_steps * derived.tokens_per_step
+    up_to = "up to " if batch.warmup else ""
     lines = {
         "run": f"{prepared.recipe.run.name} in {prepared.recipe.run.directory}",
         "ranks": f"{derived.world_size}, of which {derived.data_parallel} data-parallel",
         "batch": f"{batch.global_size} = {batch.micro_size} micro x {derived.accumulation} accumulation "
-        f"x {derived.data_parallel} ranks",
-        "steps": f"{derived.total_steps:,} of {derived.tokens_per_step:,} tokens = {tokens:,} tokens",
+        f"x {derived.data_parallel} ranks{warmup_text(batch)}",
+        "steps": f"{derived.total_steps:,} of {up_to}{derived.tokens_per_step:,} tokens "
+        f"= {derived.total_tokens:,} tokens",
         "ZeRO": f"stage {stage_of(prepared.deepspeed)}, {prepared.recipe.model.dtype}",
     }
     typer.echo(f"{recipe}: ok")

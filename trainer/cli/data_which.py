@@ -72,17 +72,21 @@ def _samples(run: Path, recipe: Recipe, step: int) -> tuple[int, int]:
 
     What the run has logged counts first: its global batch may have changed at a restart.
     """
+    from trainer.config.batch_schedule import batch_size, samples_through
+
     logged = _logged_samples(run / "metrics.jsonl")
     before = max((known for known in logged if known < step), default=0)
     after = min((known for known in logged if known >= step), default=None)
-    size = recipe.batch.global_size
-    if after is not None:
+    planned = {known: samples_through(recipe.batch, known) for known in (before, step - 1, after) if known is not None}
+    if after is not None and logged[after] - logged[before] != planned[after] - planned[before]:
+        # Not by this recipe. The sizes between two lines are known only where they are equal.
         size = (logged[after] - logged[before]) // (after - before)
-    return logged[before] + (step - 1 - before) * size, size
+        return logged[before] + (step - 1 - before) * size, size
+    return logged[before] + planned[step - 1] - planned[before], batch_size(recipe.batch, step)
 
 
 def _logged_samples(path: Path) -> dict[int, int]:
-    """Return the samples read by the end of each logged step, and of none."""
+    """Return the samples read by the end of each logged step, of the step before it, and of none."""
     ends = {0: 0}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -95,6 +99,8 @@ def _logged_samples(path: Path) -> dict[int, int]:
             continue
         if "samples" in value:
             ends[value["step"]] = value["samples"]
+            if "global_batch_size" in value:
+                ends[value["step"] - 1] = value["samples"] - value["global_batch_size"]
     return ends
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from trainer.config.batch_schedule import samples_through, steps_for
+from trainer.config.parallel import BatchConfig
 from trainer.config.run import Recipe
 from trainer.core.errors import Problem, RecipeError
 
@@ -18,11 +20,13 @@ class Derived:
     data_parallel: int
     """Ranks that see different sequences."""
     accumulation: int
-    """Micro-batches per rank and optimizer step."""
+    """Micro-batches per rank and optimizer step of full size."""
     total_steps: int
     """Optimizer steps of the whole run."""
     tokens_per_step: int
-    """Target tokens per optimizer step, over all ranks."""
+    """Target tokens per optimizer step of full size, over all ranks."""
+    total_tokens: int
+    """Target tokens of the whole run."""
 
 
 def world_size_of(recipe: Recipe) -> int:
@@ -43,13 +47,14 @@ def derive(recipe: Recipe, world_size: int) -> Derived:
     if problems:
         raise RecipeError(problems)
     data_parallel = world_size // _model_parallel(recipe)
-    tokens_per_step = recipe.batch.global_size * recipe.data.sequence_length
+    steps, length = total_steps(recipe), recipe.data.sequence_length
     return Derived(
         world_size=world_size,
         data_parallel=data_parallel,
         accumulation=recipe.batch.global_size // (recipe.batch.micro_size * data_parallel),
-        total_steps=total_steps(recipe),
-        tokens_per_step=tokens_per_step,
+        total_steps=steps,
+        tokens_per_step=recipe.batch.global_size * length,
+        total_tokens=samples_through(recipe.batch, steps) * length,
     )
 
 
@@ -57,7 +62,7 @@ def total_steps(recipe: Recipe) -> int:
     """Return the optimizer steps of the whole run."""
     if recipe.run.steps is not None:
         return recipe.run.steps
-    return math.ceil((recipe.run.tokens or 0) / (recipe.batch.global_size * recipe.data.sequence_length))
+    return steps_for(recipe.batch, math.ceil((recipe.run.tokens or 0) / recipe.data.sequence_length))
 
 
 def derive_problems(recipe: Recipe, world_size: int) -> list[Problem]:
@@ -80,19 +85,38 @@ def derive_problems(recipe: Recipe, world_size: int) -> list[Problem]:
 def _batch_problems(recipe: Recipe, data_parallel: int) -> list[Problem]:
     total, micro = recipe.batch.global_size, recipe.batch.micro_size
     per_pass = micro * data_parallel
-    if total % per_pass == 0:
-        return []
     rule = (
         f"must be a multiple of batch.micro_size x data-parallel ranks = {micro} x {data_parallel} = {per_pass}, "
         "so that gradient accumulation is whole"
     )
+    warmup = _warmup_problems(recipe.batch, per_pass, rule)
+    if total % per_pass == 0:
+        return warmup
     below = total - total % per_pass
     fix = "set batch.global_size to " + " or ".join(str(size) for size in (below, below + per_pass) if size)
     if total % data_parallel == 0:
         share = total // data_parallel
         micros = [str(size) for size in range(1, min(share, 64) + 1) if share % size == 0]
         fix += f", or batch.micro_size to one of {', '.join(micros)}"
-    return [Problem("batch.global_size", total, rule, fix)]
+    return [Problem("batch.global_size", total, rule, fix), *warmup]
+
+
+def _warmup_problems(batch: BatchConfig, per_pass: int, rule: str) -> list[Problem]:
+    """Return which sizes of the warm-up don't divide; the fix names a start and an increment that do."""
+    if (warmup := batch.warmup) is None:
+        return []
+    given = {"start_size": warmup.start_size, "increment": warmup.increment}
+    start = max(per_pass, warmup.start_size - warmup.start_size % per_pass)
+    way = batch.global_size - start
+    if batch.global_size % per_pass:
+        fix = f"use multiples of {per_pass}"
+    elif way <= 0:
+        fix = "remove batch.warmup, or raise batch.global_size"
+    else:
+        whole = [step for step in range(per_pass, way + 1, per_pass) if way % step == 0 and way // step <= warmup.steps]
+        increment = min(whole, key=lambda step: abs(step - warmup.increment))
+        fix = f"set batch.warmup.start_size to {start} and batch.warmup.increment to {increment}"
+    return [Problem(f"batch.warmup.{name}", size, rule, fix) for name, size in given.items() if size % per_pass]
 
 
 def _model_parallel(recipe: Recipe) -> int:

@@ -33,6 +33,7 @@ FOREIGN_NAMES = {
     "train_batch_size": "batch.global_size",
     "global_batch_size": "batch.global_size",
     "micro_batch_size": "batch.micro_size",
+    "rampup_batch_size": "batch.warmup",
     "per_device_train_batch_size": "batch.micro_size",
     "train_micro_batch_size_per_gpu": "batch.micro_size",
     "gradient_checkpointing": "memory.activation_checkpointing",

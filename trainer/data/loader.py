@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import starmap
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.config.batch_schedule import batch_size
 from trainer.config.data import DataConfig
+from trainer.config.parallel import BatchConfig, BatchWarmupConfig
 from trainer.core.errors import DataError, Problem
 from trainer.core.targets import IGNORE_INDEX
 from trainer.data.batches import MicroBatch, Rows, digest_rows, mask_targets, number_documents
@@ -27,7 +30,8 @@ class TrainLoader:
 
     Micro-batch m of rank r holds the samples ``consumed + (m * data_size + r) * micro_size`` and the
     ``micro_size - 1`` after it: the global batch of a step is the same whatever the number of ranks, the
-    micro-batch size or ``data.workers``. The whole state is ``consumed_samples``, one integer.
+    micro-batch size or ``data.workers``. The position is ``consumed_samples``, one integer; ``steps_done`` only says
+    how far a ``warmup`` of the batch size is, which cuts the same sequence of samples into other steps.
 
     Raises DataError with every problem of the sources, and on a token id that the model has no row for.
     """
@@ -42,10 +46,12 @@ class TrainLoader:
         data_size: int,
         consumed_samples: int = 0,
         vocab_size: int | None = None,
+        warmup: BatchWarmupConfig | None = None,
+        steps_done: int = 0,
     ) -> None:
-        self._accumulation = _accumulation(global_size, micro_size, data_rank, data_size)
-        if consumed_samples < 0:
-            raise ValueError(f"consumed_samples = {consumed_samples} is below 0")
+        _accumulation(global_size, micro_size, data_rank, data_size)
+        if min(consumed_samples, steps_done) < 0:
+            raise ValueError(f"no such position: {consumed_samples=}, {steps_done=}")
         self._data = data
         self._reader = SampleReader(data, vocab_size)
         self.sources = open_train_sources(data, vocab_size)
@@ -55,9 +61,9 @@ class TrainLoader:
             rule = f"must not exceed the {sum(counts)} samples of data.train: one step would repeat them"
             fix = "lower batch.global_size or data.sequence_length, or use more text"
             raise DataError(Problem("batch.global_size", global_size, rule, fix), title="data")
-        self._global_size, self._micro_size = global_size, micro_size
+        self._batch = BatchConfig(global_size=global_size, micro_size=micro_size, warmup=warmup)
         self._data_rank, self._data_size = data_rank, data_size
-        self._consumed = consumed_samples
+        self._consumed, self._steps_done = consumed_samples, steps_done
         self._ahead: ReadAhead[list[MicroBatch]] | None = None
         self._planned: dict[int, tuple[Ints, Ints, Ints]] = {}
 
@@ -109,14 +115,16 @@ class TrainLoader:
 
     def sample_numbers(self) -> NDArray[np.int64]:
         """Return the global sample numbers of this rank's next step, int64 [accumulation, micro]."""
-        return self._numbers(self._consumed)
+        return self._numbers(self._steps_done + 1, self._consumed)
 
     def next_step(self) -> list[MicroBatch]:
         """Return this rank's micro-batches of the next step and count its global batch as consumed."""
         if self._data.workers and self._ahead is None:
-            self._ahead = ReadAhead(self._read_step, self._consumed, self._global_size, self._data.workers)
-        batches = self._ahead.get() if self._ahead else self._read_step(self._consumed)
-        self._consumed += self._global_size
+            upcoming = self._upcoming(self._steps_done + 1, self._consumed)
+            self._ahead = ReadAhead(starmap(self._read_step, upcoming), self._data.workers)
+        batches = self._ahead.get() if self._ahead else self._read_step(self._steps_done + 1, self._consumed)
+        self._steps_done += 1
+        self._consumed += batch_size(self._batch, self._steps_done)
         return batches
 
     def close(self) -> None:
@@ -126,25 +134,40 @@ class TrainLoader:
         for source in self.sources:
             source.shards.close()
 
-    def _numbers(self, first_sample: int) -> NDArray[np.int64]:
-        return first_sample + _slice(self._accumulation, self._micro_size, self._data_rank, self._data_size)
+    def _upcoming(self, step: int, first_sample: int) -> Iterator[tuple[int, int]]:
+        """Yield (step, its first sample) from a step on, without end."""
+        while True:
+            yield step, first_sample
+            first_sample += batch_size(self._batch, step)
+            step += 1
 
-    def _read_step(self, first_sample: int) -> list[MicroBatch]:
-        numbers, sources, samples = self._plan(first_sample)
-        return self._reader.read(self.sources, sources, samples, numbers).micro_batches(self._micro_size)
+    def _numbers(self, step: int, first_sample: int) -> NDArray[np.int64]:
+        micro, rank, size = self._batch.micro_size, self._data_rank, self._data_size
+        accumulation = _accumulation(batch_size(self._batch, step), micro, rank, size)
+        return first_sample + _slice(accumulation, micro, rank, size)
 
-    def _plan(self, first_sample: int) -> tuple[Ints, Ints, Ints]:
+    def _read_step(self, step: int, first_sample: int) -> list[MicroBatch]:
+        numbers, sources, samples = self._plan(step, first_sample)
+        rows = self._reader.read(self.sources, sources, samples, numbers)
+        return rows.micro_batches(self._batch.micro_size)
+
+    def _plan(self, step: int, first_sample: int) -> tuple[Ints, Ints, Ints]:
         """Return (numbers, sources, samples of their source) of a step; located for several steps at once.
 
         The permutation costs 90 us a call, however few samples are asked for.
         """
         if first_sample not in self._planned:
-            steps = -(-_PLANNED_SAMPLES // (self._accumulation * self._micro_size))
-            firsts = [first_sample + i * self._global_size for i in range(steps)]
-            numbers = np.stack([self._numbers(first).ravel() for first in firsts])
-            sources, samples, _ = self.sampler.locate_many(numbers.ravel())
-            parts = zip(numbers, sources.reshape(numbers.shape), samples.reshape(numbers.shape), strict=True)
-            self._planned = dict(zip(firsts, parts, strict=True))
+            planned: dict[int, Ints] = {}
+            count = 0
+            for later, first in self._upcoming(step, first_sample):
+                planned[first] = self._numbers(later, first).ravel()
+                count += planned[first].size
+                if count >= _PLANNED_SAMPLES:
+                    break
+            ends = np.cumsum([numbers.size for numbers in planned.values()])[:-1]
+            sources, samples, _ = self.sampler.locate_many(np.concatenate(list(planned.values())))
+            parts = zip(planned.values(), np.split(sources, ends), np.split(samples, ends), strict=True)
+            self._planned = dict(zip(planned, parts, strict=True))
         return self._planned[first_sample]
 
 

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
 class ReadAhead(Generic[T]):
-    """Call ``read(first)``, ``read(first + stride)``, … at most ``depth`` steps ahead.
+    """Take steps, without end, from an iterator that reads them, at most ``depth`` ahead.
 
-    One thread, one queue: the order can't change, and memory is bounded by ``depth`` steps. What ``read`` raises is
+    One thread, one queue: the order can't change, and memory is bounded by ``depth`` steps. What reading raises is
     raised by ``get`` in its turn, and again by every later ``get``.
     """
 
-    def __init__(self, read: Callable[[int], T], first: int, stride: int, depth: int) -> None:
-        self._read, self._stride = read, stride
+    def __init__(self, source: Iterator[T], depth: int) -> None:
+        self._source = source
         self._steps: queue.Queue[T | _Failure] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._failure: _Failure | None = None
-        self._thread = threading.Thread(target=self._run, args=(first,), name="data-read-ahead", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="data-read-ahead", daemon=True)
         self._thread.start()
 
     def get(self) -> T:
@@ -41,16 +41,15 @@ class ReadAhead(Generic[T]):
         self._stop.set()
         self._thread.join()
 
-    def _run(self, first: int) -> None:
+    def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                item: T | _Failure = self._read(first)
+                item: T | _Failure = next(self._source)
             except BaseException as error:  # noqa: BLE001 (raised again by get, in the training thread)
                 item = _Failure(error)
             self._put(item)
             if isinstance(item, _Failure):
                 return
-            first += self._stride
 
     def _put(self, item: T | _Failure) -> None:
         while not self._stop.is_set():

@@ -148,7 +148,10 @@ class TrainEngine(Protocol):
     def train_batch(
         self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, stop_requested: bool
     ) -> StepResult:
-        """Run one optimizer step over this rank's micro-batches; ``accept`` may veto it before the update."""
+        """Run one optimizer step over this rank's micro-batches; ``accept`` may veto it before the update.
+
+        Their number is the same on all ranks and may differ from step to step.
+        """
         ...
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:

@@ -25,6 +25,7 @@ from trainer.engine.state import load_slices
 from trainer.engine.state_replicated import ReplicatedState, owns_on_tensor_rank, persistent_buffers, replicated_tensors
 from trainer.engine.state_zero12 import FlatPartitionState
 from trainer.engine.totals import StepTotals
+from trainer.engine.upstream.changed_accumulation import set_accumulation
 from trainer.models.loss import LossSpec
 from trainer.models.stages import StagePart
 from trainer.parallel.topology import Topology
@@ -117,6 +118,7 @@ class StagedEngine:
     ) -> StepResult:
         """Run one optimizer step. See TrainEngine."""
         started = time.perf_counter()
+        set_accumulation(self._engine, len(batches))
         set_learning_rate(self._base, learning_rate)
         totals = StepTotals(
             batches,

@@ -34,6 +34,7 @@ from trainer.engine.state_zero3 import Zero3State
 from trainer.engine.state_zero12 import FlatPartitionState
 from trainer.engine.tensor_groups import TensorGroups
 from trainer.engine.totals import StepTotals
+from trainer.engine.upstream.changed_accumulation import set_accumulation
 from trainer.models.loss import LossSpec
 from trainer.models.shard_sequence import SequenceAttention
 from trainer.parallel.cut import whole_shape_of
@@ -112,6 +113,7 @@ class ZeroEngine:
         started = time.perf_counter()
         if isinstance(self._state, Zero3State):
             self._state.settle()
+        set_accumulation(self._engine, len(batches))
         self._network.train()
         set_learning_rate(self._base, learning_rate)
         parts = [self._local(batch) for batch in batches]

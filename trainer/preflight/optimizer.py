@@ -1,4 +1,4 @@
-"""Rules about the learning-rate schedule and the length of the run."""
+"""Rules about the learning-rate schedule, the warm-up of the batch and the length of the run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ def _warmup(facts: Facts) -> Iterator[Problem]:
         total = facts.derived.total_steps
         rule = f"the warm-up is longer than the run of {total} steps"
         yield Problem("schedule.warmup_steps", warmup, rule, f"use at most {total}")
+
+
+def _batch_warmup(facts: Facts) -> Iterator[Problem]:
+    warmup = facts.recipe.batch.warmup
+    if warmup is not None and facts.derived is not None and warmup.steps >= facts.derived.total_steps:
+        rule = f"the run of {facts.derived.total_steps} steps ends before the batch reaches batch.global_size"
+        yield Problem("batch.warmup.steps", warmup.steps, rule, "use fewer, or a longer run")
 
 
 def _decay(facts: Facts) -> Iterator[Problem]:
@@ -68,6 +75,11 @@ RULES = (
     Rule("parameter groups", _groups, Failing({"optimizer.groups": [{"pattern": "layers.(0"}]})),
     Rule("inverse square root after a warm-up", _inverse_sqrt, Failing({"schedule.name": "inverse_sqrt"})),
     Rule("warm-up within the run", _warmup, Failing({"schedule.warmup_steps": 9})),
+    Rule(
+        "batch warm-up within the run",
+        _batch_warmup,
+        Failing({"batch.global_size": 4, "batch.warmup": {"start_size": 2, "increment": 2, "steps": 4}}),
+    ),
     Rule("decay after the warm-up", _decay, Failing({"schedule.warmup_steps": 2, "schedule.decay_steps": 1})),
     Rule("momentum only with SGD and Muon", _momentum, Failing({"optimizer.momentum": 0.9})),
     Rule("Muon and tensor ranks", _muon, Failing({"optimizer.name": "muon", "parallel.tensor": 2})),

@@ -301,5 +301,10 @@ RULES = (
     ),
     Rule("world size divisible by the mesh", _divisible, Failing({"parallel.pipeline": 2}, world_size=3)),
     Rule("batch triangle", _batch, Failing({"batch.global_size": 7})),
+    Rule(
+        "batch triangle of every size of a warm-up",
+        _batch,
+        Failing({"batch.global_size": 8, "batch.warmup": {"start_size": 2, "increment": 3, "steps": 2}}),
+    ),
     Rule("at least one rank", _batch, Failing(world_size=0)),
 )

@@ -26,6 +26,7 @@ STEP_FIELDS: tuple[Field, ...] = (
     Field("learning_rate", "1", "optimizer/learning_rate", "used for this step"),
     Field("tokens", "tokens", "progress/tokens", "read so far, all ranks"),
     Field("samples", "sequences", "progress/samples", "read so far, all ranks"),
+    Field("global_batch_size", "sequences", "progress/global_batch_size", "of this step; grows under `batch.warmup`"),
     Field("target_tokens", "tokens", "progress/target_tokens", "that counted in the loss so far, all ranks"),
     Field("step_seconds", "s", "time/step_seconds", "wall time of this step"),
     Field("tokens_per_second", "tokens/s", "throughput/tokens_per_second", "all ranks together"),
@@ -79,6 +80,7 @@ class StepRecord:
     learning_rate: float
     tokens: int
     samples: int
+    global_batch_size: int
     target_tokens: int
     step_seconds: float
     tokens_per_second: float

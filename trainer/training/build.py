@@ -15,6 +15,7 @@ from trainer.checkpoint.identity import data_identity
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.select import choose
 from trainer.checkpoint.writer import CheckpointWriter
+from trainer.config.batch_schedule import warmup_text
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
 from trainer.core.environ import RankEnvironment
@@ -68,6 +69,7 @@ def build_parts(
     loader = TrainLoader(
         recipe.data, recipe.run.seed, recipe.batch.global_size, recipe.batch.micro_size,
         place.data, mesh.data, state.consumed_samples, config.get_text_config().vocab_size,
+        recipe.batch.warmup, state.step,
     )  # fmt: skip
     refuse_beyond_budget(recipe, derived, loader.sampler)
     refuse_other_tokenizer(tokenizer, loader, config.get_text_config().vocab_size, ranks)
@@ -195,8 +197,8 @@ def _summary(parts: Parts, deepspeed_json: dict[str, Any], reader: CheckpointRea
         f"{start}: {format_count(parts.engine.num_parameters)} parameters, {parts.recipe.model.dtype}, "
         f"ZeRO-{deepspeed_json['zero_optimization']['stage']} on {derived.world_size} ranks{_degrees(parts)}, "
         f"batch {batch.global_size} = {batch.micro_size} micro x {derived.accumulation} accumulation "
-        f"x {derived.data_parallel} {replicas}, {derived.total_steps} steps, "
-        f"{format_count(derived.total_steps * derived.tokens_per_step)} tokens"
+        f"x {derived.data_parallel} {replicas}{warmup_text(batch)}, {derived.total_steps} steps, "
+        f"{format_count(derived.total_tokens)} tokens"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.config.batch_schedule import batch_size
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
 from trainer.core import faults
@@ -57,7 +58,8 @@ def train(parts: Parts) -> Outcome:
         learning_rate = recipe.optimizer.learning_rate * multiplier(recipe.schedule, state.step + 1, total)
         with clock.phase("forward_backward"):
             result = parts.engine.train_batch(batches, accept, learning_rate, parts.stop_requested())
-        state.advance(recipe.batch.global_size, parts.derived.tokens_per_step, result)
+        samples = batch_size(recipe.batch, state.step + 1)
+        state.advance(samples, samples * recipe.data.sequence_length, result)
         parts.sinks.step(step_record(parts, result, clock.finish_step(), learning_rate))
         refuse_endless_skipping(parts, result)
         stopping = result.stop_requests > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from trainer.config.batch_schedule import batch_size
 from trainer.data.ledger import hash_text
 from trainer.engine.base import StepResult
 from trainer.telemetry.record import SourceRecord, StepRecord
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 def step_record(parts: Parts, result: StepResult, times: StepTimes, learning_rate: float) -> StepRecord:
     """Return the record of the step that the state has just counted."""
     state = parts.state
-    speed = parts.derived.tokens_per_step / times.step_seconds
+    samples = batch_size(parts.recipe.batch, state.step)
+    speed = samples * parts.recipe.data.sequence_length / times.step_seconds
     return StepRecord(
         step=state.step,
         loss=result.loss,
@@ -25,6 +27,7 @@ def step_record(parts: Parts, result: StepResult, times: StepTimes, learning_rat
         learning_rate=learning_rate,
         tokens=state.tokens,
         samples=state.consumed_samples,
+        global_batch_size=samples,
         target_tokens=state.target_tokens,
         step_seconds=times.step_seconds,
         tokens_per_second=speed,

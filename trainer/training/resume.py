@@ -8,6 +8,7 @@ from trainer.checkpoint import random_state
 from trainer.checkpoint.agreement import Ranks
 from trainer.checkpoint.identity import FIX, data_differences, model_differences
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.config.batch_schedule import samples_through, steps_for
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
 from trainer.core.errors import Problem, RecipeError
@@ -43,11 +44,10 @@ def refuse_if_different(
 def refuse_beyond_budget(recipe: Recipe, derived: Derived, sampler: Sampler) -> None:
     """Raise RecipeError if the run is longer than the budgets (epochs, tokens) of its sources together."""
     budget = sampler.budget
-    wanted = derived.total_steps * recipe.batch.global_size
     # A budget that ends inside a step is filled up by that step.
-    if budget is None or wanted < budget + recipe.batch.global_size:
+    if budget is None or derived.total_steps <= (steps := steps_for(recipe.batch, budget)):
         return
-    steps = -(-budget // recipe.batch.global_size)
+    wanted = samples_through(recipe.batch, derived.total_steps)
     rule = f"reads {wanted} sequences, but the epochs and tokens of data.train add up to {budget}"
     fix = f"set run.steps to {steps}, or raise the budgets"
     raise RecipeError(Problem("run.steps", derived.total_steps, rule, fix), title="recipe refused")
