@@ -45,11 +45,8 @@ def _one_step(facts: Facts) -> Iterator[Problem]:
 def _vocabulary(facts: Facts) -> Iterator[Problem]:
     """On a GPU a token beyond the embedding is an opaque device-side assert, steps later."""
     size = facts.model.number("vocab_size")
-    multiple = facts.recipe.model.vocabulary_multiple
     if size is None:
         return
-    if multiple is not None and facts.recipe.model.path is None:
-        size = -(-size // multiple) * multiple
     for key, shard in facts.shards:
         if shard.vocab_size is not None and shard.vocab_size > size:
             rule = f"its tokenizer has {shard.vocab_size} tokens, the model's vocab_size is {size}"

@@ -61,19 +61,19 @@ def build_parts(
     reader = CheckpointReader(found) if found else None
     tokenizer = load_on_first_rank(recipe, ranks)
     source = _run_as_source(recipe)
-    config = hugging_face_config(_model_section(recipe, source))
+    config, unpadded = hugging_face_config(_model_section(recipe, source)), unpadded_vocabulary_size(recipe.model)
+    vocabulary = unpadded or config.get_text_config().vocab_size
     state = TrainState.from_json(reader.state["train"]) if reader else TrainState()
     mesh = mesh_of(recipe.parallel, environment.world_size)
     place = mesh.place(environment.rank)  # ranks of one replica read the same sequences
     loader = TrainLoader(
         recipe.data, recipe.run.seed, recipe.batch.global_size, recipe.batch.micro_size,
-        place.data, mesh.data, state.consumed_samples, config.get_text_config().vocab_size,
+        place.data, mesh.data, state.consumed_samples, vocabulary,
     )  # fmt: skip
     refuse_beyond_budget(recipe, derived, loader.sampler)
-    refuse_other_tokenizer(tokenizer, loader, config.get_text_config().vocab_size, ranks)
+    refuse_other_tokenizer(tokenizer, loader, vocabulary, ranks)
     _exclude_corrupt(loader, ranks, say)
-    validation = Validation(recipe, place.data, mesh.data, config.get_text_config().vocab_size)
-    unpadded = unpadded_vocabulary_size(recipe.model)
+    validation = Validation(recipe, place.data, mesh.data, vocabulary)
     engine = build_engine(
         recipe,
         config,
@@ -84,7 +84,7 @@ def build_parts(
     )  # fmt: skip
     _fill_engine(engine, recipe, config, ranks, reader, source, state, loader.sampler, say)
     if recipe.data.mask_documents:
-        refuse_leak(engine, ranks.rank, config)
+        refuse_leak(engine, config.model_type, vocabulary)
     keep(tokenizer, recipe)
     writer = CheckpointWriter(
         run_directory, ranks, attempt=f"{ranks.from_first(attempt):04d}",
