@@ -141,3 +141,11 @@ def small_ids_large_tokenizer(folder: Path) -> None:
     """Foreign shards whose ids the model knows, and a tokenizer with more."""
     foreign_with(0, 1)(folder)
     tiny.write_tokenizer(folder / "tokenizer")
+
+
+def large_tokenizer_of_a_pretrained_model(folder: Path) -> None:
+    """As before, and the config of a pretrained model: weights are not asked for before the tokenizer fits."""
+    small_ids_large_tokenizer(folder)
+    (folder / "model").mkdir()
+    fields = tiny.recipe()["model"]["config"] | {"vocab_size": 300}
+    (folder / "model" / "config.json").write_text(json.dumps(fields), encoding="utf-8")

@@ -158,3 +158,12 @@ def test_a_padded_vocabulary_gets_no_probability_and_is_cut_off(
     assert load_file(tmp_path / "export" / "model.safetensors")["transformer.wte.weight"].shape[0] == 512
     found = evaluate_model(str(tmp_path / "export"), trainer.directory / "valid", sequence_length=32, batch_size=4)
     assert abs(found["loss"] - trainer.metrics(run)[4, "evaluation"]) < 1e-5
+
+
+def test_a_padded_run_resumes_and_keeps_documents_apart(trainer: Trainer) -> None:
+    """Whether it does is asked of the model with random tokens: none of them may be padding, which is no target."""
+    keys = {"model": {"vocabulary_multiple": 8192}, "data": {"mask_documents": True}}
+    for steps in (2, 4):
+        recipe = trainer.recipe("padded-resumed", dropout=0.0, **keys, **STAGES)
+        trainer.check(trainer.train(recipe, f"run.steps={steps}", "checkpoint.every_steps=2"), recipe)
+    assert trainer.status("padded-resumed")["resumed_step"] == 2

@@ -34,6 +34,7 @@ from damage import (
     foreign,
     foreign_with,
     idx_of,
+    large_tokenizer_of_a_pretrained_model,
     last_offset_beyond,
     linked_twice,
     looping,
@@ -169,6 +170,16 @@ KNOWN_BY_RANKS: dict[str, Case] = {
         small_ids_large_tokenizer,
         ("tokenizer.path = 'tokenizer'", "512", "300", "raise the model's vocab_size"),
         {**SMALLER_MODEL, "tokenizer": {"path": "tokenizer"}, "data": {"validation": []}, **NO_EVALUATION},
+    ),
+    "pretrained embedding smaller than the tokenizer": Case(
+        large_tokenizer_of_a_pretrained_model,
+        ("tokenizer.path = 'tokenizer'", "512", "300", "set model.vocabulary_size to 512"),
+        {
+            "model": {"path": "./model", "config": None},
+            "tokenizer": {"path": "tokenizer"},
+            "data": {"validation": []},
+            **NO_EVALUATION,
+        },
     ),
 }
 """What the ranks refuse, before they build a model."""

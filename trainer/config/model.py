@@ -40,8 +40,11 @@ class ModelConfig(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """``attn_implementation`` of transformers."""
     vocabulary_multiple: int | None = Field(default=None, ge=1)
-    """Pad the vocabulary of a from-scratch model up to a multiple of this (64 or 128 is good for GPUs). The padding
+    """Pad the vocabulary up to a multiple of this (64 or 128 is good for GPUs, and tensor ranks divide it). The padding
     gets no probability and is cut off at export."""
+    vocabulary_size: int | None = Field(default=None, ge=1)
+    """Add tokens to a pretrained model, up to so many. What a new one has in embedding and head starts as the mean of
+    the old ones: their probabilities hardly move, and every layout starts from the same weights (no random numbers)."""
     initialization: Literal["huggingface", "scaled_residual"] = "huggingface"
     """Of a model from scratch. ``scaled_residual``: the family's own, but what each block adds to the residual stream
     starts smaller by sqrt(2 x number of blocks) (GPT-2, Megatron-LM)."""

@@ -64,7 +64,7 @@ def _open(paths: Sequence[str], keys: Sequence[str], vocab_size: int | None) -> 
                 problems += error.problems
         if vocab_size is not None and (shards.vocab_size or 0) > vocab_size:
             rule = f"was written with a larger vocabulary than the model's vocab_size = {vocab_size}"
-            fix = "raise the model's vocab_size, or tokenize with the model's tokenizer"
+            fix = "raise it (of a pretrained model: model.vocabulary_size), or tokenize with the model's tokenizer"
             problems.append(Problem(f"{key}: {path}", f"{shards.vocab_size} ids", rule, fix))
     problems += _conflicts(opened)
     if problems:

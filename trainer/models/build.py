@@ -22,10 +22,12 @@ from transformers import initialization as hf_initialization
 
 from trainer.config.model import ModelConfig
 from trainer.core.errors import Problem, RecipeError
+from trainer.models.config import own_vocabulary_size
 from trainer.models.initialization import residual_factor, scale_residual
 from trainer.models.load import loading_options
 from trainer.models.load_part import load_part
-from trainer.models.stages import StagePart, vacate
+from trainer.models.stages import StagePart, prune, vacate
+from trainer.models.vocabulary import config_of_files, with_rows
 
 _CONSTRUCTED = "_constructor_values"
 _SMALL = 1 << 16
@@ -73,15 +75,8 @@ def build_model(
             _fill(network, device, getattr(torch, model.dtype), fill, sharding, part)
             if fill.scaled and not fill.num_scaled:
                 raise ValueError("model.initialization: scaled_residual finds no matrix that ends a block")
-        elif part is not None:
-            network = cast("Any", load_part(model, config, part)).to(device)
-        elif sharding is None:
-            # cast: transformers wraps .to() in a decorator that hides that it is a method
-            network = cast("Any", _load(model, config)).to(device)
         else:
-            source = _load(model, config) if rank == 0 else None
-            network = skeleton(model, config)
-            _fill(network, device, getattr(torch, model.dtype), _Copier(network, source), sharding)
+            network = _pretrained(model, config, device, rank, sharding, part)
     except (ValueError, OSError, ImportError) as error:
         key = "model.config" if model.path is None else "model.path"
         raise RecipeError(
@@ -91,7 +86,31 @@ def build_model(
     return network
 
 
-def _load(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
+def _pretrained(
+    model: ModelConfig, config: PretrainedConfig, device: torch.device, rank: int, sharding: Sharding | None,
+    part: StagePart | None,
+) -> PreTrainedModel:  # fmt: skip
+    """Load as transformers does; if it is to be sharded, or tokens are added, copy that into a model as it shall be."""
+    resized = model.vocabulary_size is not None or model.vocabulary_multiple is not None
+    size = config.get_text_config().vocab_size
+    own_size = own_vocabulary_size(model) if resized else size
+    if sharding is None and own_size == size:
+        # cast: transformers wraps .to() in a decorator that hides that it is a method
+        return cast("Any", _load(model, config, part)).to(device)
+    source = _load(model, config_of_files(config, own_size), part) if sharding is None or rank == 0 else None
+    network = skeleton(model, config)
+    dtype = getattr(torch, model.dtype)
+    if part is not None:
+        for parameter in network.parameters():  # on the meta device; what is left out leaves its dtype behind
+            parameter.data = parameter.data.to(dtype)
+        prune(network, part)
+    _fill(network, device, dtype, _Copier(source, (model.vocabulary_size or own_size) - own_size), sharding)
+    return network
+
+
+def _load(model: ModelConfig, config: PretrainedConfig, part: StagePart | None) -> PreTrainedModel:
+    if part is not None:
+        return load_part(model, config, part)
     return AutoModelForCausalLM.from_pretrained(model.path or "", config=config, **loading_options(model))
 
 
@@ -159,10 +178,11 @@ class _Initialiser:
 
 
 class _Copier:
-    """Fill a module with rank 0's pretrained values; the other ranks get theirs when it is sharded."""
+    """Fill a module with pretrained values, which may lack tokens; a rank without gets its own when it is sharded."""
 
-    def __init__(self, network: PreTrainedModel, source: PreTrainedModel | None) -> None:
+    def __init__(self, source: PreTrainedModel | None, num_new_tokens: int) -> None:
         self.source = source
+        self.num_new_tokens = num_new_tokens
 
     def __call__(self, owner: PreTrainedModel, module: nn.Module, prefix: str) -> None:
         if self.source is None:
@@ -170,7 +190,7 @@ class _Copier:
         origin = self.source.get_submodule(prefix)
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.numel():  # a tied parameter met again is sharded already, with the same values
-                parameter.copy_(origin.get_parameter(name))
+                parameter.copy_(with_rows(origin.get_parameter(name), parameter.shape, self.num_new_tokens))
         for name, buffer in module.named_buffers(recurse=False):
             buffer.copy_(origin.get_buffer(name))
 

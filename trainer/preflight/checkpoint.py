@@ -79,7 +79,10 @@ def _identity(facts: Facts) -> Iterator[Problem]:
     where = found[1].name
     state, model = manifest.get("state", {}), manifest.get("model", {})
     if recipe.model.path is None and recipe.model.config is not None:
-        yield from model_differences(model.get("config", {}), recipe.model.config, where)
+        stored = dict(model.get("config", {}))
+        if model.get("unpadded_vocabulary_size") is not None:
+            stored["vocab_size"] = model["unpadded_vocabulary_size"]
+        yield from model_differences(stored, recipe.model.config, where)
     if recipe.checkpoint.accept_changed_data:
         return
     try:

@@ -45,15 +45,15 @@ def _one_step(facts: Facts) -> Iterator[Problem]:
 def _vocabulary(facts: Facts) -> Iterator[Problem]:
     """On a GPU a token beyond the embedding is an opaque device-side assert, steps later."""
     size = facts.model.number("vocab_size")
-    multiple = facts.recipe.model.vocabulary_multiple
-    if size is None:
+    pretrained, asked = facts.recipe.model.path is not None, facts.recipe.model.vocabulary_size
+    if size is None and asked is None:
         return
-    if multiple is not None and facts.recipe.model.path is None:
-        size = -(-size // multiple) * multiple
+    size = max(size or 0, asked or 0)  # what pads a vocabulary is no token
+    key_of_size = "model.vocabulary_size" if pretrained else "model.config.vocab_size"
     for key, shard in facts.shards:
         if shard.vocab_size is not None and shard.vocab_size > size:
             rule = f"its tokenizer has {shard.vocab_size} tokens, the model's vocab_size is {size}"
-            fix = f"set model.config.vocab_size to at least {shard.vocab_size}, or tokenize with the model's tokenizer"
+            fix = f"set {key_of_size} to at least {shard.vocab_size}, or tokenize with the model's tokenizer"
             yield Problem(key, shard.path, rule, fix)
 
 

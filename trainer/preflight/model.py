@@ -159,9 +159,21 @@ def _initialization(facts: Facts) -> Iterator[Problem]:
         yield Problem("model.initialization", model.initialization, rule, "remove it")
     elif model.initialization == "scaled_residual" and facts.model.model_type == "gpt2":
         yield Problem("model.initialization", model.initialization, "GPT-2 scales its own already", "remove it")
-    if model.vocabulary_multiple and model.path is not None:
-        rule = "only a model from scratch can be padded"
-        yield Problem("model.vocabulary_multiple", model.vocabulary_multiple, rule, "remove it")
+
+
+def _vocabulary_size(facts: Facts) -> Iterator[Problem]:
+    model, key = facts.recipe.model, "model.vocabulary_size"
+    asked, given, size = model.vocabulary_size, (model.config or {}).get("vocab_size"), facts.model.number("vocab_size")
+    if model.path is None:
+        if asked is not None:
+            rule, fix = "adds tokens to a pretrained model", f"remove it and set model.config.vocab_size: {asked}"
+            yield Problem(key, asked, rule, fix)
+    elif given is not None:
+        rule = "a pretrained model has its own, and its weights would not fit"
+        yield Problem("model.config.vocab_size", given, rule, f"remove it; to add tokens set {key}: {given}")
+    elif asked is not None and size is not None and asked < size:
+        rule = f"is less than the {size} tokens that the model has, and none can be taken away"
+        yield Problem(key, asked, rule, f"set it to {size} or more, or remove it")
 
 
 def _adapter(facts: Facts) -> Iterator[Problem]:
@@ -189,7 +201,7 @@ def _empty_directory(tmp: Path) -> dict[str, Any]:
 
 def _local_config(tmp: Path) -> dict[str, Any]:
     (tmp / "model").mkdir()
-    text = '{"model_type": "llama", "max_position_embeddings": 8}'
+    text = '{"model_type": "llama", "max_position_embeddings": 8, "vocab_size": 64}'
     (tmp / "model" / "config.json").write_text(text, encoding="utf-8")
     return {"model.path": str(tmp / "model"), "model.config": None}
 
@@ -220,7 +232,13 @@ RULES = (
         _initialization,
         Failing({"model.initialization": "scaled_residual", "model.config": {"model_type": "gpt2"}}),
     ),
-    Rule("padding from scratch", _initialization, Failing({"model.vocabulary_multiple": 64}, prepare=_local_config)),
+    Rule("tokens are added to a pretrained model", _vocabulary_size, Failing({"model.vocabulary_size": 128})),
+    Rule("tokens are only added", _vocabulary_size, Failing({"model.vocabulary_size": 63}, prepare=_local_config)),
+    Rule(
+        "a pretrained model has its own vocabulary",
+        _vocabulary_size,
+        Failing(prepare=lambda tmp: _local_config(tmp) | {"model.config": {"vocab_size": 65}}),
+    ),
     Rule("adapter available", _adapter, Failing({"adapter": {"rank": 4}})),
     Rule("kernels available", _kernels, Failing({"kernels.loss": "fused"})),
     Rule("compile available", _kernels, Failing({"kernels.compile": True})),

@@ -13,6 +13,7 @@ from trainer.checkpoint import layout, random_state
 from trainer.checkpoint.agreement import Ranks
 from trainer.checkpoint.identity import data_identity
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.resized import ResizedReader
 from trainer.checkpoint.select import choose
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.batch_schedule import warmup_text
@@ -27,7 +28,12 @@ from trainer.data.sampler import Sampler
 from trainer.engine.base import TrainEngine
 from trainer.engine.build import build_engine
 from trainer.evaluation.validation import Validation
-from trainer.models.config import config_to_dictionary, hugging_face_config, unpadded_vocabulary_size
+from trainer.models.config import (
+    config_to_dictionary,
+    hugging_face_config,
+    unpadded_vocabulary_size,
+    with_vocabulary_size,
+)
 from trainer.models.flops import training_flops_per_token
 from trainer.parallel.topology import mesh_of, rank_table
 from trainer.tasks.pretrain import loss_spec
@@ -62,20 +68,21 @@ def build_parts(
     reader = CheckpointReader(found) if found else None
     tokenizer = load_on_first_rank(recipe, ranks)
     source = _run_as_source(recipe)
-    config = hugging_face_config(_model_section(recipe, source))
+    section = _model_section(recipe, source)
+    config, unpadded = hugging_face_config(section), unpadded_vocabulary_size(section)
+    vocabulary = unpadded or config.get_text_config().vocab_size
     state = TrainState.from_json(reader.state["train"]) if reader else TrainState()
     mesh = mesh_of(recipe.parallel, environment.world_size)
     place = mesh.place(environment.rank)  # ranks of one replica read the same sequences
     loader = TrainLoader(
         recipe.data, recipe.run.seed, recipe.batch.global_size, recipe.batch.micro_size,
-        place.data, mesh.data, state.consumed_samples, config.get_text_config().vocab_size,
+        place.data, mesh.data, state.consumed_samples, vocabulary,
         recipe.batch.warmup, state.step,
     )  # fmt: skip
     refuse_beyond_budget(recipe, derived, loader.sampler)
-    refuse_other_tokenizer(tokenizer, loader, config.get_text_config().vocab_size, ranks)
+    refuse_other_tokenizer(tokenizer, loader, vocabulary, ranks, pretrained=recipe.model.path is not None)
     _exclude_corrupt(loader, ranks, say)
-    validation = Validation(recipe, place.data, mesh.data, config.get_text_config().vocab_size)
-    unpadded = unpadded_vocabulary_size(recipe.model)
+    validation = Validation(recipe, place.data, mesh.data, vocabulary)
     engine = build_engine(
         recipe,
         config,
@@ -86,7 +93,7 @@ def build_parts(
     )  # fmt: skip
     _fill_engine(engine, recipe, config, ranks, reader, source, state, loader.sampler, say)
     if recipe.data.mask_documents:
-        refuse_leak(engine, ranks.rank, config)
+        refuse_leak(engine, config.model_type, vocabulary)
     keep(tokenizer, recipe)
     writer = CheckpointWriter(
         run_directory, ranks, attempt=f"{ranks.from_first(attempt):04d}",
@@ -144,7 +151,10 @@ def _run_as_source(recipe: Recipe) -> CheckpointReader | None:
 def _model_section(recipe: Recipe, source: CheckpointReader | None):
     if source is None:
         return recipe.model
-    fields = source.model["config"] | (recipe.model.config or {})
+    fields, unpadded = source.model["config"], source.model.get("unpadded_vocabulary_size")
+    if unpadded is not None:
+        fields = with_vocabulary_size(fields, unpadded)
+    fields = fields | (recipe.model.config or {})
     return recipe.model.model_copy(update={"path": None, "config": fields})
 
 
@@ -164,7 +174,8 @@ def _fill_engine(
             say(f"resuming {reader.world_size} ranks' checkpoint on {ranks.world_size}: random generators start anew")
         return
     if source is not None:
-        engine.load_state(source, None)
+        section = _model_section(recipe, source)
+        engine.load_state(ResizedReader(source, section, engine.logical_shapes()), None)
     random_state.seed_everything(recipe.run.seed, ranks.rank // recipe.parallel.tensor)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import distributed
-from transformers import PretrainedConfig
 
 from trainer.core.errors import Problem, RecipeError
 from trainer.core.targets import IGNORE_INDEX
@@ -18,9 +17,8 @@ _DOCUMENT_TOKENS = 16
 _TOLERANCE = 0.25
 
 
-def refuse_leak(engine: TrainEngine, rank: int, config: PretrainedConfig) -> None:
+def refuse_leak(engine: TrainEngine, family: str, vocabulary: int) -> None:
     """Raise RecipeError if the loss of a document depends on the document before it. All ranks call it together."""
-    vocabulary = config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     before = torch.randint(vocabulary, (2, _DOCUMENT_TOKENS), generator=generator)
     after = torch.randint(vocabulary, (1, _DOCUMENT_TOKENS + 1), generator=generator)
@@ -34,14 +32,14 @@ def refuse_leak(engine: TrainEngine, rank: int, config: PretrainedConfig) -> Non
             )
         )
     except TypeError as error:  # a forward pass without position_ids
-        problem = _problem(config, f"takes no position_ids ({error})")
+        problem = _problem(family, f"takes no position_ids ({error})")
     else:
         differences = torch.tensor([apart, joined], device=engine.device, dtype=torch.float64)
         distributed.all_reduce(differences, op=distributed.ReduceOp.MAX)
         apart, joined = differences.tolist()
         if not apart <= _TOLERANCE * joined:
             seen = f"lets a document see the one before it (its loss moves by {apart:.3g} nats)"
-            problem = _problem(config, seen)
+            problem = _problem(family, seen)
     if problem is not None:
         raise RecipeError(problem, title="recipe refused")
 
@@ -57,6 +55,6 @@ def _packed(first: torch.Tensor, second: torch.Tensor, restart: bool) -> MicroBa
     return MicroBatch(inputs, targets, positions, documents)
 
 
-def _problem(config: PretrainedConfig, what: str) -> Problem:
+def _problem(family: str, what: str) -> Problem:
     fix = "set it to false, or use packing: one_per_sequence or a model with position_ids and maskable attention"
-    return Problem("data.mask_documents", True, f"{config.model_type} {what}", fix)
+    return Problem("data.mask_documents", True, f"{family} {what}", fix)

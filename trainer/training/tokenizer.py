@@ -31,7 +31,9 @@ def load_on_first_rank(recipe: Recipe, ranks: Ranks) -> Any:
     return tokenizer
 
 
-def refuse_other_tokenizer(tokenizer: Any, loader: TrainLoader, vocab_size: int, ranks: Ranks) -> None:
+def refuse_other_tokenizer(
+    tokenizer: Any, loader: TrainLoader, vocab_size: int, ranks: Ranks, *, pretrained: bool
+) -> None:
     """Raise DataError on every rank if the run's tokenizer didn't make the shards, or has ids beyond the model's."""
     problems: list[Problem] = []
     if tokenizer is not None:
@@ -44,7 +46,8 @@ def refuse_other_tokenizer(tokenizer: Any, loader: TrainLoader, vocab_size: int,
                 problems.append(Problem("tokenizer.path", tokenizer.name_or_path, rule, fix))
         if ids > vocab_size:
             rule = f"has {ids} ids, the model's embedding {vocab_size} rows"
-            problems.append(Problem("tokenizer.path", tokenizer.name_or_path, rule, "raise the model's vocab_size"))
+            fix = f"set model.vocabulary_size to {ids}" if pretrained else "raise the model's vocab_size"
+            problems.append(Problem("tokenizer.path", tokenizer.name_or_path, rule, fix))
     if problems := ranks.from_first(problems):
         raise DataError(problems, title="data")
 

@@ -84,8 +84,10 @@ def verify(
     names = _save_model(config, recipe, model)
     batches = directory / "batches.safetensors"
     _save_batches(Recipe.model_validate(small), derived, num_steps, batches)
-    small["model"] = small["model"] | {"path": str(model), "config": None, "vocabulary_multiple": None,
-                                       "initialization": "huggingface", "revision": None}  # fmt: skip
+    small["model"] = small["model"] | {
+        "path": str(model), "config": None, "vocabulary_multiple": None, "vocabulary_size": None,
+        "initialization": "huggingface", "revision": None,
+    }  # fmt: skip
     plain = {
         "name": "sgd", "momentum": 0.9, "learning_rate": 1e-2, "weight_decay": 0.0, "clip_norm": 0.0, "groups": [],
     }  # fmt: skip
