@@ -13,6 +13,7 @@ from trainer.config.run import Recipe
 from trainer.core.environ import RankEnvironment
 from trainer.engine.build_pipeline import build_staged_engine
 from trainer.engine.expert_groups import ExpertGroups
+from trainer.engine.expert_lists import prepare_expert_lists
 from trainer.engine.network import prepare_network, training_device
 from trainer.engine.optimizers import build_optimizer
 from trainer.engine.pipeline import StagedEngine
@@ -89,6 +90,7 @@ def build_engine(
         experts = ExpertGroups(recipe.parallel.expert)
         shard_experts(network, experts.ranks, experts.name)
         network.add_module("expert_groups", experts)
+    prepare_expert_lists(network, stage)
     prepare_network(network, recipe)
     optimizer = build_optimizer(recipe.optimizer, network.named_parameters(), device)
     if stage == 0 and deepspeed_json.get("bf16", {}).get("enabled"):

@@ -16,6 +16,7 @@ from trainer.config.run import Recipe
 from trainer.core.environ import RankEnvironment
 from trainer.core.errors import Problem, RecipeError
 from trainer.core.units import format_count
+from trainer.engine.expert_lists import prepare_expert_lists
 from trainer.engine.network import prepare_network, training_device
 from trainer.engine.optimizers import build_optimizer
 from trainer.engine.pipeline import StagedEngine, WholeModel
@@ -54,6 +55,7 @@ def build_staged_engine(
     network = build_model(model, config, seed=recipe.run.seed, device=device, part=part)
     if topology.tensor > 1:
         shard_tensor(network, axis_group(topology, "tensor"))
+    prepare_expert_lists(network, deepspeed_json["zero_optimization"]["stage"])
     prepare_network(network, recipe)
     batches = MicroBatches()
     tied = [parameter for _, parameter in part.tied_copies(network)]
