@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trainer.config.parallel import ParallelConfig
 from trainer.models.balance import Costs, balance
-from trainer.parallel.topology import Place, Topology, mesh_of, rank_table
+from trainer.parallel.topology import MOST_HOSTS, Place, Topology, mesh_of, mesh_table
 
 pytestmark = pytest.mark.fast
 
@@ -46,10 +46,21 @@ def test_outside_of_the_mesh() -> None:
 
 
 def test_table_of_ranks() -> None:
-    hosts = ["a"] * 2 + ["b"] * 2 + ["c"] * 4
-    assert rank_table(Topology(pipeline=2, data=4), hosts) == ["ranks 0-1 on a, 2-3 on b", "ranks 4-7 on c"]
-    assert rank_table(Topology(pipeline=2), ["a", "b"]) == ["rank 0 on a", "rank 1 on b"]
-    assert rank_table(Topology(data=2), ["a", "a"]) == ["ranks 0-1 on a"]
+    hosts = ["node1"] * 4 + ["node2"] * 4
+    assert mesh_table(Topology(pipeline=2, data=2, tensor=2), hosts) == [
+        "host   ranks  stage  replica  tensor",
+        "node1  0-3    0      0-1      0-1",
+        "node2  4-7    1      0-1      0-1",
+    ]
+    assert mesh_table(Topology(data=4), ["a", "b", "a", "b"], expert=2) == [
+        "host  ranks  replica  expert",
+        "a     0,2    0,2      0",
+        "b     1,3    1,3      1",
+    ]
+    assert mesh_table(Topology(sequence=2), ["a", "a"]) == ["host  ranks  sequence", "a     0-1    0-1"]
+    many = mesh_table(Topology(pipeline=2, data=50), [f"n{rank}" for rank in range(100)])
+    assert len(many) == MOST_HOSTS + 2
+    assert many[-1] == f"and {100 - MOST_HOSTS} more hosts"
 
 
 def test_groups_inside_a_node() -> None:

@@ -57,9 +57,12 @@ REFUSED: tuple[Refused, ...] = (
     Refused("zero_optimization.cpu_offload_param", _on, f"offload_param {NOT_AVAILABLE}", "remove it"),
     Refused("zero_optimization.offload_optimizer.super_offload", _on, NOT_AVAILABLE, "remove it"),
     Refused("zero_optimization.zenflow", _section, NOT_AVAILABLE, "remove it"),
-    Refused("zero_optimization.zero_quantized_weights", _on, f"ZeRO++ {NOT_AVAILABLE}", "remove it"),
-    Refused("zero_optimization.zero_quantized_nontrainable_weights", _on, f"ZeRO++ {NOT_AVAILABLE}", "remove it"),
-    Refused("zero_optimization.zero_quantized_gradients", _on, f"ZeRO++ {NOT_AVAILABLE}", "remove it"),
+    Refused(
+        "zero_optimization.zero_quantized_nontrainable_weights",
+        _on,
+        "frozen weights would be saved with 8 bits",
+        "remove it; zero_quantized_weights sends, but does not keep, 8 bits",
+    ),
     Refused(
         "zero_optimization.compute_grad_norm", _off, "the gradient norm is needed to refuse a bad step", "remove it"
     ),
@@ -89,6 +92,7 @@ REFUSED: tuple[Refused, ...] = (
 
 FP32 = ("fp32", "float32", "float", "torch.float32", "auto", None)
 OPTIMIZER_TYPES = {name: (name,) for name in ("sgd", "lion", "adagrad", "muon")} | {"adamw": ("adamw", "adam")}
+COMPRESSED = ("onebitadam", "zerooneadam", "onebitlamb")
 # Say how the update is computed, not what it is: without effect, because the trainer brings its own optimizer.
 IMPLEMENTATION_PARAMS = {"torch_adam", "fused", "foreach", "capturable", "set_grad_none", "differentiable"}
 DEFAULT_PARAMS: dict[str, Any] = {
@@ -168,7 +172,14 @@ def optimizer_problems(file: DeepSpeedFile, recipe: Recipe) -> Iterator[Problem]
 def _optimizer_problems(section: Mapping[str, Any], file: DeepSpeedFile, recipe: Recipe) -> Iterator[Problem]:
     optimizer = recipe.optimizer
     kind = section.get("type", "auto")
-    if kind != "auto" and str(kind).lower() not in OPTIMIZER_TYPES[optimizer.name]:
+    if str(kind).lower() in COMPRESSED:
+        rule = (
+            "sums compressed gradients: there is no norm to clip by or to refuse a step for, and what it remembers "
+            "belongs to one rank of one number of ranks"
+        )
+        fix = "use optimizer.name: adamw; communication_data_type: bf16 halves what is sent"
+        yield Problem(file.key("optimizer.type"), kind, rule, fix)
+    elif kind != "auto" and str(kind).lower() not in OPTIMIZER_TYPES[optimizer.name]:
         rule = f"disagrees with optimizer.name = {optimizer.name}"
         yield Problem(file.key("optimizer.type"), kind, rule, "remove the optimizer section or change optimizer.name")
     agreed: dict[str, tuple[str, Any]] = {

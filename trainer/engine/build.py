@@ -14,7 +14,7 @@ from trainer.core.environ import RankEnvironment
 from trainer.engine.build_pipeline import build_staged_engine
 from trainer.engine.expert_groups import ExpertGroups
 from trainer.engine.expert_lists import prepare_expert_lists
-from trainer.engine.network import prepare_network, training_device
+from trainer.engine.network import prepare_network, refuse_on_cpu, training_device
 from trainer.engine.optimizers import build_optimizer
 from trainer.engine.pipeline import StagedEngine
 from trainer.engine.state_nvme import prepare_nvme
@@ -67,6 +67,7 @@ def build_engine(
     stage = deepspeed_json["zero_optimization"]["stage"]
     prepare_nvme(deepspeed_json)
     device = training_device(environment.local_rank)
+    refuse_on_cpu(deepspeed_json, device)
     mesh = mesh_of(recipe.parallel, environment.world_size)
     sequence = None
     if recipe.parallel.sequence > 1:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
 from trainer.config.run import Recipe
+from trainer.core.errors import Problem, RecipeError
 
 
 def training_device(local_rank: int) -> torch.device:
@@ -14,6 +18,13 @@ def training_device(local_rank: int) -> torch.device:
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
+
+
+def refuse_on_cpu(deepspeed_json: Mapping[str, Any], device: torch.device) -> None:
+    """Raise RecipeError for what DeepSpeed has kernels of for CUDA only: ZeRO++'s quantized communication."""
+    for name in ("zero_quantized_weights", "zero_quantized_gradients"):
+        if deepspeed_json["zero_optimization"].get(name) and device.type != "cuda":
+            raise RecipeError(Problem(f"zero_optimization.{name}", True, "needs CUDA, which is not here", "remove it"))
 
 
 def prepare_network(network: PreTrainedModel, recipe: Recipe) -> None:

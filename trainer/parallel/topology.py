@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trainer.config.parallel import ParallelConfig
+
+MOST_HOSTS = 16
+"""Lines of a table of hosts: a thousand would hide what else is printed."""
 
 
 @dataclass(frozen=True)
@@ -71,21 +74,35 @@ def mesh_of(parallel: ParallelConfig, world_size: int) -> Topology:
     return Topology(parallel.pipeline, world_size // model, parallel.sequence, parallel.tensor)
 
 
-def rank_table(topology: Topology, hosts: Sequence[str]) -> list[str]:
-    """Return one line a pipeline stage: which ranks hold it, and on which hosts.
+def mesh_table(topology: Topology, hosts: Sequence[str], expert: int = 1) -> list[str]:
+    """Return a table of one line a host: its ranks, and where they lie on each axis of a degree above 1.
 
-    ``hosts`` names the host of every rank.
+    ``hosts`` names the host of every rank, ``expert`` is how many neighbouring replicas the experts are spread over.
     """
-    per_stage = topology.world_size // topology.pipeline
-    return [_where(range(stage * per_stage, (stage + 1) * per_stage), hosts) for stage in range(topology.pipeline)]
+    axes: list[tuple[str, Callable[[int], int]]] = [
+        ("stage", lambda rank: topology.place(rank).stage),
+        ("replica", lambda rank: topology.place(rank).data),
+        ("sequence", lambda rank: topology.place(rank).sequence),
+        ("tensor", lambda rank: topology.place(rank).tensor),
+        ("expert", lambda rank: topology.place(rank).data % expert),
+    ]
+    degrees = (topology.pipeline, topology.data, topology.sequence, topology.tensor, expert)
+    shown = [axis for axis, degree in zip(axes, degrees, strict=True) if degree > 1]
+    ranks_of: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        ranks_of.setdefault(host, []).append(rank)
+    rows = [["host", "ranks", *(name for name, _ in shown)]]
+    for host, ranks in list(ranks_of.items())[:MOST_HOSTS]:
+        rows.append([host, _span(ranks), *(_span([axis(rank) for rank in ranks]) for _, axis in shown)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    more = len(ranks_of) - MOST_HOSTS
+    return lines + ([f"and {more} more hosts"] if more > 0 else [])
 
 
-def _where(ranks: range, hosts: Sequence[str]) -> str:
-    spans: list[tuple[str, int, int]] = []
-    for rank in ranks:
-        if spans and spans[-1][0] == hosts[rank]:
-            spans[-1] = (hosts[rank], spans[-1][1], rank)
-        else:
-            spans.append((hosts[rank], rank, rank))
-    parts = [f"{first}-{last} on {host}" if last > first else f"{first} on {host}" for host, first, last in spans]
-    return ("ranks " if len(ranks) > 1 else "rank ") + ", ".join(parts)
+def _span(numbers: Sequence[int]) -> str:
+    """Return "0-3" for consecutive numbers, "0,2" for others."""
+    found = sorted(set(numbers))
+    if len(found) > 1 and found[-1] - found[0] == len(found) - 1:
+        return f"{found[0]}-{found[-1]}"
+    return ",".join(map(str, found))

@@ -159,6 +159,20 @@ def _secondary_partition(facts: Facts) -> Iterator[Problem]:
         yield Problem(key, size, f"does not divide the {facts.world_size} ranks", "use the number of ranks of a node")
 
 
+def _quantized(facts: Facts) -> Iterator[Problem]:
+    """ZeRO++ sends weights and gradients with fewer bits, by CUDA kernels."""
+    launch = facts.recipe.launch
+    for name in ("zero_quantized_weights", "zero_quantized_gradients"):
+        path = f"zero_optimization.{name}"
+        if value_at(facts.deepspeed, path) is not True:
+            continue
+        if facts.zero_stage != 3:
+            rule = f"is of ZeRO-3, not of ZeRO-{facts.zero_stage}"
+            yield Problem(f"deepspeed.override.{path}", True, rule, "set deepspeed.base: zero3, or remove it")
+        elif launch.launcher == "slurm" and launch.slurm.gpus_per_node == 0:
+            yield Problem(f"deepspeed.override.{path}", True, "needs CUDA, and the run is on CPUs", "remove it")
+
+
 def _frozen_on_nvme(facts: Facts) -> Iterator[Problem]:
     path, patterns = "zero_optimization.offload_param.device", list(facts.recipe.model.freeze)
     if patterns and value_at(facts.deepspeed, path) == "nvme":
@@ -291,6 +305,23 @@ RULES = (
             {
                 "deepspeed.base": "zero3",
                 "deepspeed.override": {"zero_optimization": {"zero_hpz_partition_size": 3}},
+            }
+        ),
+    ),
+    Rule(
+        "quantized communication of ZeRO-3",
+        _quantized,
+        Failing({"deepspeed.override": {"zero_optimization": {"zero_quantized_gradients": True}}}),
+    ),
+    Rule(
+        "quantized communication on GPUs",
+        _quantized,
+        Failing(
+            {
+                "deepspeed.base": "zero3",
+                "deepspeed.override": {"zero_optimization": {"zero_quantized_weights": True}},
+                "launch.launcher": "slurm",
+                "launch.slurm": {"nodes": 1, "gpus_per_node": 0},
             }
         ),
     ),

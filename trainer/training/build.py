@@ -35,7 +35,7 @@ from trainer.models.config import (
     with_vocabulary_size,
 )
 from trainer.models.flops import training_flops_per_token
-from trainer.parallel.topology import mesh_of, rank_table
+from trainer.parallel.topology import mesh_of, mesh_table
 from trainer.tasks.pretrain import loss_spec
 from trainer.telemetry.sinks.base import Fanout
 from trainer.telemetry.throughput import device_name, model_flops_utilization, peak_flops_per_second
@@ -124,8 +124,9 @@ def build_parts(
         sinks.message(warning)
     sinks.message(_summary(parts, deepspeed_json, reader))
     hosts = ranks.gather(socket.gethostname())
-    for stage, where in zip(engine.division, rank_table(mesh, hosts), strict=bool(engine.division)):
-        sinks.message(f"{stage} ({where})")
+    if _degrees(parts):
+        for line in engine.division + mesh_table(mesh, hosts, recipe.parallel.expert):
+            sinks.message(line)
     return parts
 
 
