@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trainer.config.run import Recipe
+from trainer.models.tiling import mlp_names, tile_mlp
 
 
 def training_device(local_rank: int) -> torch.device:
@@ -16,7 +17,16 @@ def training_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def prepare_network(network: PreTrainedModel, recipe: Recipe) -> None:
-    """Switch on what the recipe asks of the model."""
+def prepare_network(network: PreTrainedModel, recipe: Recipe, whole: PreTrainedModel | None = None) -> None:
+    """Switch on what the recipe asks of the model; of a stage of ``whole``, as far as it holds it.
+
+    Raises RecipeError, on all ranks alike, if the model can't do it.
+    """
     if recipe.memory.activation_checkpointing == "full":
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    size = recipe.memory.tiled_mlp
+    if size is not None:
+        held = dict(network.named_modules())
+        for name in mlp_names(whole or network, size):
+            if name in held:
+                tile_mlp(held[name], size)
