@@ -81,10 +81,28 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     **{f"EP 2, ZeRO-{zero}": (2, {"parallel": {"expert": 2}, "deepspeed": ZERO[zero]}) for zero in (0, 1, 2)},
     "EP 2 x DP 2, ZeRO-0": (4, {"parallel": {"expert": 2}, "deepspeed": ZERO[0]}),
     "EP 2 x DP 2, ZeRO-2": (4, {"parallel": {"expert": 2}, "deepspeed": ZERO[2]}),
+    "EP 2, ZeRO-2, loss in tiles": (
+        2,
+        {"parallel": {"expert": 2}, "deepspeed": ZERO[2], "memory": {"tiled_loss": 5}},
+    ),
     "EP 2, recomputed": (
         2,
         {"parallel": {"expert": 2}, "deepspeed": ZERO[1], "memory": {"activation_checkpointing": "full"}},
     ),
+}
+TILES = {"tiled_loss": 5, "tiled_mlp": 3}
+"""Neither divides a sequence or a half of one."""
+TILED_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1 rank": _stages(1, 0, 1),
+    **{f"DP 2, ZeRO-{zero}": _stages(1, zero, 2) for zero in (1, 2, 3)},
+    "SP 2, ZeRO-3": _sequences(2, 3, 2),
+    "SP 2, recomputed": _sequences(2, 3, 2, memory={"activation_checkpointing": "full"}),
+    "TP 2, ZeRO-1": _tensors(2, 1, 2),
+    "TP 2, four sequences at a time": _tensors(2, 1, 2, batch={"global_size": 4, "micro_size": 4}),
+    "PP 2, ZeRO-1": _stages(2, 1, 2),
+    "DP 2, ZeRO-3, all on the CPU": (2, {"deepspeed": {"base": "zero3_offload_param"}}),
+    "PP 2 x TP 2, ZeRO-1": (4, {"parallel": {"pipeline": 2, "tensor": 2}, "deepspeed": ZERO[1]}),
+    "SP 2, ZeRO-3, packed documents": _sequences(2, 3, 2),
 }
 PACKED = (
     "TP 2, ZeRO-1",
@@ -106,7 +124,7 @@ DAMAGED = tuple(
 
 
 def layout_cases() -> Iterator[Case]:
-    """Yield every family in every layout, then those with several documents a sequence."""
+    """Yield every family in every layout, then those with several documents a sequence, then those in tiles."""
     for kind in ("mixtral", "qwen3_moe"):
         for name, (world_size, recipe) in EXPERT_LAYOUTS.items():
             yield Case(f"{kind}, {name}", tiny_config(kind), world_size, recipe)
@@ -119,3 +137,8 @@ def layout_cases() -> Iterator[Case]:
         for name in PACKED:
             world_size, recipe = LAYOUTS[name]
             yield Case(f"{kind}, {name}, packed documents", config, world_size, recipe, packed=True)
+        for name, (world_size, recipe) in TILED_LAYOUTS.items():
+            tiles = {"tiled_loss": 5} if kind == "mixtral" else TILES  # which has no MLP but its experts
+            memory = recipe.get("memory", {}) | tiles
+            title = f"{kind}, {name}, {'loss' if kind == 'mixtral' else 'loss and MLP'} in tiles"
+            yield Case(title, config, world_size, recipe | {"memory": memory}, packed="packed" in name)

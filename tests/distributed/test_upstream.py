@@ -135,3 +135,32 @@ print("ends with the first of", engine.gradient_accumulation_steps(), engine.is_
 """
     assert "ends with the first of 2 True" in run(code.replace("{setup}", "engine.set_train_batch_size(2)"))
     assert "ends with the first of 2 False" in run(code.replace("{setup}", "set_accumulation(engine, 2)"))
+
+
+def test_modules_that_recomputation_leaves_pile_up_upstream_and_not_with_us() -> None:
+    code = """
+import deepspeed
+import torch
+from deepspeed.runtime.zero import parameter_offload
+from torch.utils.checkpoint import checkpoint
+from trainer.engine.upstream import modules_left_early, no_shared_memory_build
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 4)
+    def forward(self, inputs):
+        return checkpoint(self.inner, inputs, use_reentrant=False)
+no_shared_memory_build.disable()
+deepspeed.init_distributed("gloo", auto_mpi_discovery=False, rank=0, world_size=1)
+model = Model()
+config = {{"train_batch_size": 1, "zero_optimization": {{"stage": 3}}, "zero_allow_untested_optimizer": True}}
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+for _ in range(3):
+    engine.backward(engine(torch.ones(1, 4)).sum())
+    engine.step()
+    {setup}
+print("on the list:", len(parameter_offload.FWD_MODULE_STACK))
+"""
+    assert "on the list: 4" in run(code.format(setup=""))
+    assert "on the list: 1" in run(code.format(setup="modules_left_early.forget()"))

@@ -55,6 +55,10 @@ class MemoryConfig(Section):
 
     activation_checkpointing: Literal["none", "full"] = "none"
     """``full`` recomputes every transformer block in the backward pass."""
+    tiled_loss: int | None = Field(default=None, ge=1)
+    """Tokens of a sequence whose logits are held at a time; they are recomputed in the backward pass."""
+    tiled_mlp: int | None = Field(default=None, ge=1)
+    """Tokens of a sequence that an MLP computes at a time; what is inside of it is recomputed in the backward pass."""
     gradient_accumulation_dtype: Literal["float32"] = "float32"
     """Dtype gradients are summed in; bfloat16 is not numerically safe and is refused."""
 

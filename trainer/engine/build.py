@@ -28,6 +28,7 @@ from trainer.models.loss import LossSpec
 from trainer.models.shard_expert import shard_experts
 from trainer.models.shard_sequence import ATTENTION, SequenceAttention
 from trainer.models.shard_tensor import shard_tensor
+from trainer.models.tiling import TiledLoss
 from trainer.parallel.groups import axis_group
 from trainer.parallel.topology import mesh_of
 
@@ -93,6 +94,8 @@ def build_engine(
         network.add_module("expert_groups", experts)
     prepare_expert_lists(network, stage)
     prepare_network(network, recipe)
+    if recipe.memory.tiled_loss:
+        network.forward = TiledLoss(network, loss, recipe.memory.tiled_loss)
     optimizer = build_optimizer(recipe.optimizer, network.named_parameters(), device)
     if stage == 0 and deepspeed_json.get("bf16", {}).get("enabled"):
         engine = stage0_bfloat16_engine(network, optimizer, deepspeed_json, tensor)

@@ -30,6 +30,7 @@ from trainer.models.loss import LossSpec
 from trainer.models.measure import time_costs
 from trainer.models.shard_tensor import shard_tensor
 from trainer.models.stages import Anatomy, Stage, StagePart, anatomy_of
+from trainer.models.tiling import tile_last_stage
 from trainer.parallel.groups import axis_group
 from trainer.parallel.topology import mesh_of
 
@@ -56,7 +57,9 @@ def build_staged_engine(
     if topology.tensor > 1:
         shard_tensor(network, axis_group(topology, "tensor"))
     prepare_expert_lists(network, deepspeed_json["zero_optimization"]["stage"])
-    prepare_network(network, recipe)
+    prepare_network(network, recipe, whole)
+    if recipe.memory.tiled_loss and part.is_last:
+        loss = tile_last_stage(network, loss, recipe.memory.tiled_loss)
     batches = MicroBatches()
     tied = [parameter for _, parameter in part.tied_copies(network)]
     module = StageModule(Stage(network, part), topology, batches, tied, num_tied=len(anatomy.tied))

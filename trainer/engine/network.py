@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from trainer.config.run import Recipe
 from trainer.core.errors import Problem, RecipeError
+from trainer.models.tiling import mlp_names, tile_mlp
 
 
 def training_device(local_rank: int) -> torch.device:
@@ -27,7 +28,16 @@ def refuse_on_cpu(deepspeed_json: Mapping[str, Any], device: torch.device) -> No
             raise RecipeError(Problem(f"zero_optimization.{name}", True, "needs CUDA, which is not here", "remove it"))
 
 
-def prepare_network(network: PreTrainedModel, recipe: Recipe) -> None:
-    """Switch on what the recipe asks of the model."""
+def prepare_network(network: PreTrainedModel, recipe: Recipe, whole: PreTrainedModel | None = None) -> None:
+    """Switch on what the recipe asks of the model; of a stage of ``whole``, as far as it holds it.
+
+    Raises RecipeError, on all ranks alike, if the model can't do it.
+    """
     if recipe.memory.activation_checkpointing == "full":
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    size = recipe.memory.tiled_mlp
+    if size is not None:
+        held = dict(network.named_modules())
+        for name in mlp_names(whole or network, size):
+            if name in held:
+                tile_mlp(held[name], size)

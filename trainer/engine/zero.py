@@ -34,9 +34,11 @@ from trainer.engine.state_zero3 import Zero3State
 from trainer.engine.state_zero12 import FlatPartitionState
 from trainer.engine.tensor_groups import TensorGroups
 from trainer.engine.totals import StepTotals
+from trainer.engine.upstream import modules_left_early
 from trainer.engine.upstream.changed_accumulation import set_accumulation
 from trainer.models.loss import LossSpec
 from trainer.models.shard_sequence import SequenceAttention
+from trainer.models.tiling import TiledLoss
 from trainer.parallel.cut import whole_shape_of
 from trainer.parallel.topology import Topology
 
@@ -132,6 +134,7 @@ class ZeroEngine:
                 boundary = time.perf_counter()
                 self._gate.arm(lambda: totals.read(self._grad_norm()), accept)
             self._engine.step()
+        modules_left_early.forget()
         reading, applied = self._gate.verdict(overflow=getattr(self._engine.optimizer, "overflow", False))
         return step_result(reading, applied, boundary - started, time.perf_counter() - boundary)
 
@@ -188,11 +191,14 @@ class ZeroEngine:
             packed = batch.position_ids is not None and batch.document_ids is not None
             self._sequence.enter(batch.document_ids.to(self._device) if packed else None)  # type: ignore[union-attr]
         inputs = model_inputs(part, self._network, self._device)
-        outputs = self._engine(**inputs, use_cache=False)
+        if isinstance(self._network.forward, TiledLoss):
+            losses, auxiliary = self._engine(**inputs, use_cache=False, targets=targets)
+        else:
+            outputs = self._engine(**inputs, use_cache=False)
+            losses = self._loss.function(outputs.logits.view(*targets.shape, -1), targets)
+            auxiliary = getattr(outputs, "aux_loss", None)
         if self._sequence is not None:
             self._sequence.leave(str(cast("Any", self._network).config.model_type))
-        losses = self._loss.function(outputs.logits.view(*targets.shape, -1), targets)
-        auxiliary = getattr(outputs, "aux_loss", None)
         return losses, self._auxiliary_coefficient * auxiliary if isinstance(auxiliary, torch.Tensor) else 0.0
 
     def _state_access(self, masters: MasterState) -> ReplicatedState | FlatPartitionState | Zero3State:

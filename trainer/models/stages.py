@@ -9,6 +9,7 @@ soft-capped logits need no code here, and every parameter keeps its name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.core.errors import Problem, RecipeError
+from trainer.parallel.cut import whole_shape_of
 
 # Modules that run on the other side of the blocks than they are defined on; by model type.
 _BEHIND_THE_BLOCKS: dict[str, tuple[str, ...]] = {
@@ -55,7 +57,9 @@ def anatomy_of(network: PreTrainedModel) -> Anatomy:
         raise _refused(kind, "shares keys and values between layers, which no stage boundary may cut")
     if getattr(config, "hidden_size_per_layer_input", 0):
         raise _refused(kind, "has an embedding for every layer (hidden_size_per_layer_input)")
-    path = _find_blocks(network, config)
+    path = find_blocks(network)
+    if path is None:
+        raise _refused(kind, f"has no list of its {getattr(config, 'num_hidden_layers', None)} blocks")
     blocks = cast("nn.ModuleList", network.get_submodule(path))
     front, back = _around(network, path)
     late = [name for name in _BEHIND_THE_BLOCKS.get(kind, ()) if name in front]
@@ -301,9 +305,9 @@ def _become(block: nn.Module, role: type, route: _Route) -> None:
     block.__dict__["_stage_route"] = route
 
 
-def _find_blocks(network: PreTrainedModel, config: Any) -> str:
+def find_blocks(network: PreTrainedModel) -> str | None:
     """Return the path of the blocks: from the pipeline plan transformers publishes, else the largest fitting list."""
-    base = network.base_model
+    base, config = network.base_model, cast("Any", network.config.get_text_config())
     prefix = next((name for name, module in network.named_modules() if module is base), "")
     plan: Mapping[str, Any] = getattr(base, "_pp_plan", None) or getattr(config, "base_model_pp_plan", None) or {}
     for name in plan:
@@ -311,13 +315,11 @@ def _find_blocks(network: PreTrainedModel, config: Any) -> str:
             return f"{prefix}.{name}" if prefix else name
     depth = getattr(config, "num_hidden_layers", None)
     fitting = {
-        name: sum(p.numel() for p in module.parameters())
+        name: sum(math.prod(whole_shape_of(p)) for p in module.parameters())
         for name, module in network.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth
     }
-    if not fitting:
-        raise _refused(str(config.model_type), f"has no list of its {depth} blocks")
-    return max(fitting, key=lambda name: (fitting[name], -len(name)))
+    return max(fitting, key=lambda name: (fitting[name], -len(name)), default=None)
 
 
 def _around(network: nn.Module, path: str) -> tuple[list[str], list[str]]:

@@ -131,6 +131,17 @@ def _sequence(facts: Facts) -> Iterator[Problem]:
         yield Problem(key, degree, rule, "set it to 1")
 
 
+def _tiles(facts: Facts) -> Iterator[Problem]:
+    """What is computed at once is not computed in tiles."""
+    recipe = facts.recipe
+    held = recipe.data.sequence_length // recipe.parallel.sequence
+    for name in ("tiled_loss", "tiled_mlp"):
+        size = getattr(recipe.memory, name)
+        if size is not None and size >= held:
+            rule = f"is not less than the {held} tokens of a sequence that a rank holds"
+            yield Problem(f"memory.{name}", size, rule, f"use {max(1, held // 8)} or so, or null")
+
+
 def _inside_a_node(facts: Facts) -> Iterator[Problem]:
     """Tensor and sequence ranks exchange activations in every layer."""
     launch, parallel = facts.recipe.launch, facts.recipe.parallel
@@ -288,6 +299,8 @@ RULES = (
             }
         ),
     ),
+    Rule("tiles of the loss are parts", _tiles, Failing({"memory.tiled_loss": 16})),
+    Rule("tiles of the MLP are parts", _tiles, Failing({"parallel.sequence": 2, "memory.tiled_mlp": 8})),
     Rule(
         "sequence ranks inside a node",
         _inside_a_node,
