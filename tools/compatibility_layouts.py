@@ -128,6 +128,9 @@ def layout_cases() -> Iterator[Case]:
     for kind in ("mixtral", "qwen3_moe"):
         for name, (world_size, recipe) in EXPERT_LAYOUTS.items():
             yield Case(f"{kind}, {name}", tiny_config(kind), world_size, recipe)
+        for name in ("EP 2, ZeRO-2", "EP 2, recomputed"):
+            world_size, recipe = EXPERT_LAYOUTS[name]
+            yield Case(f"{kind}, {name}, packed documents", tiny_config(kind), world_size, recipe, packed=True)
     for kind in MATRIX_FAMILIES:
         config = tiny_config(kind)
         for name, (world_size, recipe) in LAYOUTS.items():
