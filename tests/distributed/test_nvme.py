@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import packages
@@ -31,9 +32,9 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
         yield made
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, timeout: float = 800) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def settings(dtype: str, **sections: Any) -> dict[str, Any]:
@@ -91,6 +92,32 @@ print("done:", handle.wait(), "read:", float(place.sum()), float(buffered.sum())
 """
     done = run(code.replace("PATH", str(trainer.directory / "odd")))
     assert f"done: 1 read: 0.0 {3.0 * (1 << 19)}" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_killed_build_still_blocks_upstream_and_not_us(trainer: Trainer) -> None:
+    code = """
+from pathlib import Path
+from torch.utils import cpp_extension
+from deepspeed.ops.op_builder import AsyncIOBuilder
+{setup}
+with {manager}:
+    AsyncIOBuilder().load(verbose=False)
+print("loaded")
+"""
+    place = run("from torch.utils import cpp_extension as c; print(c._get_build_directory('async_io', False))")
+    lock = Path(place.stdout.split()[-1], "lock")
+    upstream = code.format(setup="import contextlib", manager="contextlib.nullcontext()")
+    ours = code.format(
+        setup="from trainer.engine.upstream.stale_build_lock import building", manager="building('async_io')"
+    )
+    lock.touch()
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            run(upstream, timeout=30)
+        done = run(ours)
+        assert "loaded" in done.stdout, done.stderr
+    finally:
+        lock.unlink(missing_ok=True)
 
 
 def test_a_parameter_twice_in_the_order_is_still_refused_upstream() -> None:

@@ -13,7 +13,7 @@ import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder  # type: ignore[attr-defined] # set at run time
 
 from trainer.core.errors import Problem, RecipeError
-from trainer.engine.upstream import nvme_swapping
+from trainer.engine.upstream import nvme_swapping, stale_build_lock
 
 
 def prepare_nvme(deepspeed_json: Mapping[str, Any]) -> None:
@@ -29,6 +29,8 @@ def prepare_nvme(deepspeed_json: Mapping[str, Any]) -> None:
         rule = "offload to NVMe needs libaio and a C++ compiler on every node, to build DeepSpeed's async_io"
         fix = "install libaio-dev (Debian) or libaio-devel (Red Hat), or set the device to cpu"
         raise RecipeError(Problem(f"zero_optimization.{on_nvme[0]}.device", "nvme", rule, fix))
+    with stale_build_lock.building("async_io"):
+        AsyncIOBuilder().load(verbose=False)  # kept by DeepSpeed: later loads build nothing
 
 
 class SwappedGroups:
