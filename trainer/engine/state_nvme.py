@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ def prepare_nvme(deepspeed_json: Mapping[str, Any]) -> None:
     ]
     if not on_nvme:
         return
+    for name in on_nvme:
+        _probe(f"zero_optimization.{name}.nvme_path", Path(zero[name]["nvme_path"]))
     nvme_swapping.install()
     if not AsyncIOBuilder().is_compatible(verbose=False):
         rule = "offload to NVMe needs libaio and a C++ compiler on every node, to build DeepSpeed's async_io"
@@ -31,6 +35,20 @@ def prepare_nvme(deepspeed_json: Mapping[str, Any]) -> None:
         raise RecipeError(Problem(f"zero_optimization.{on_nvme[0]}.device", "nvme", rule, fix))
     with stale_build_lock.building("async_io"):
         AsyncIOBuilder().load(verbose=False)  # kept by DeepSpeed: later loads build nothing
+
+
+def _probe(key: str, directory: Path) -> None:
+    """Make ``directory`` and see that its files can be read and written directly, as libaio does."""
+    probe = directory / f"probe-{os.getpid()}"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(probe, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600))
+    except OSError as error:
+        rule = f"can't hold files that are read and written directly on {socket.gethostname()} ({error.strerror})"
+        fix = "name a directory of a local disk that you may write to"
+        raise RecipeError(Problem(key, str(directory), rule, fix)) from error
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 class SwappedGroups:
