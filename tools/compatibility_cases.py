@@ -150,13 +150,16 @@ class Bench:
         return json.loads((output / "documents.json").read_text())
 
     def _reference_of(self, case: Case) -> tuple[Path, str | None]:
-        key = json.dumps([case.config, case.packed, case.attention, self._optimizer(case)], sort_keys=True)
+        # Whole batches are the reference's, but where a loss is one of micro-batches.
+        balanced = case.config.get("output_router_logits", False)
+        micro_size = case.recipe.get("batch", {}).get("micro_size", 1) if balanced else 1
+        key = json.dumps([case.config, case.packed, case.attention, self._optimizer(case), micro_size], sort_keys=True)
         if key not in self._known:
             path = self.directory / "reference" / f"{len(self._known)}-{case.config['model_type']}"
             job = {
                 "config": case.config, "attention": case.attention, "seed": self.seed, "noise": NOISE,
                 "output": str(path), "batches": str(self._batches(case.packed)),
-                **self._plain_optimizer(case),
+                "micro_size": micro_size, **self._plain_optimizer(case),
             }  # fmt: skip
             self._known[key] = path, self._reference.ask(job)["error"]
         return self._known[key]

@@ -104,6 +104,24 @@ TILED_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP 2 x TP 2, ZeRO-1": (4, {"parallel": {"pipeline": 2, "tensor": 2}, "deepspeed": ZERO[1]}),
     "SP 2, ZeRO-3, packed documents": _sequences(2, 3, 2),
 }
+ROUTER_LOSS: dict[str, Any] = {"output_router_logits": True, "router_aux_loss_coef": 2.0}
+"""A coefficient that shows."""
+ROUTER_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1 rank": _stages(1, 0, 1),
+    **{f"DP 2, ZeRO-{zero}": _stages(1, zero, 2) for zero in (1, 3)},
+    "TP 2, ZeRO-1": _tensors(2, 1, 2),
+    "PP 2, ZeRO-0": _stages(2, 0, 2),
+    "PP 2, ZeRO-1": _stages(2, 1, 2),
+    "PP 4, ZeRO-1": _stages(4, 1, 4),
+    "PP 2 x DP 2, ZeRO-1": _stages(2, 1, 4),
+    "PP 2 x TP 2, ZeRO-1": (4, {"parallel": {"pipeline": 2, "tensor": 2}, "deepspeed": ZERO[1]}),
+    "PP 2, recomputed": _stages(2, 1, 2, memory={"activation_checkpointing": "full"}),
+    "PP 2, loss in tiles": _stages(2, 1, 2, memory={"tiled_loss": 5}),
+    "PP 2, two sequences at a time": _stages(2, 1, 2, batch={"global_size": 4, "micro_size": 2}),
+    "PP 2, two sequences at a time, packed documents": _stages(2, 1, 2, batch={"global_size": 4, "micro_size": 2}),
+    "1 rank, packed documents": _stages(1, 0, 1),
+    "PP 2 x DP 2, packed documents": _stages(2, 1, 4),
+}
 PACKED = (
     "TP 2, ZeRO-1",
     "TP 2, recomputed",
@@ -120,6 +138,9 @@ PACKED = (
 DAMAGED = tuple(
     Case(f"{kind}, {damage}", tiny_config(kind), recipe=LAYOUTS["PP 2, ZeRO-1"][1], damage=damage)
     for kind, damage in (("llama", "swapped blocks"), ("llama", "dropped rotary"), ("gpt2", "untied head"))
+) + tuple(
+    Case(f"mixtral, {damage}", tiny_config("mixtral") | ROUTER_LOSS, recipe=LAYOUTS["PP 2, ZeRO-1"][1], damage=damage)
+    for damage in ("router loss without a way back", "router loss of the last stage", "no router loss")
 )
 
 
@@ -131,6 +152,9 @@ def layout_cases() -> Iterator[Case]:
         for name in ("EP 2, ZeRO-2", "EP 2, recomputed"):
             world_size, recipe = EXPERT_LAYOUTS[name]
             yield Case(f"{kind}, {name}, packed documents", tiny_config(kind), world_size, recipe, packed=True)
+        for name, (world_size, recipe) in ROUTER_LAYOUTS.items():
+            title, config = f"{kind}, {name}, router loss", tiny_config(kind) | ROUTER_LOSS
+            yield Case(title, config, world_size, recipe, packed="packed" in name)
     for kind in MATRIX_FAMILIES:
         config = tiny_config(kind)
         for name, (world_size, recipe) in LAYOUTS.items():

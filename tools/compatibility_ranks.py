@@ -126,6 +126,31 @@ def _damage(kind: str) -> None:
             return run_forward(self, arguments)
 
         stages.Stage._run = shifted
+    elif kind == "router loss without a way back":
+        from trainer.models.router_logits import RouterLogits
+
+        split = RouterLogits.split
+
+        def cut(self: Any, received: torch.Tensor) -> torch.Tensor:
+            states = split(self, received)
+            self.arrived = tuple(logits.detach() for logits in self.arrived)
+            return states
+
+        RouterLogits.split = cut
+    elif kind == "router loss of the last stage":
+        from trainer.models.router_logits import RouterLogits
+
+        RouterLogits.enter = lambda self: None
+    elif kind == "no router loss":
+        from trainer.engine.pipeline import StagedEngine
+
+        construct = StagedEngine.__init__
+
+        def unbalanced(self: Any, *args: Any, **kwargs: Any) -> None:
+            construct(self, *args, **kwargs)
+            self._auxiliary_coefficient = 0.0
+
+        StagedEngine.__init__ = unbalanced
     elif kind == "forgotten documents":
         from trainer.models.shard_sequence import SequenceAttention
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from compatibility_cases import Bench, Case
 from compatibility_configs import attention_of, tiny_config
-from compatibility_layouts import DAMAGED, EXPERT_LAYOUTS, LAYOUTS, TILES, layout_cases
+from compatibility_layouts import DAMAGED, EXPERT_LAYOUTS, LAYOUTS, ROUTER_LOSS, TILES, layout_cases
 
 DIVERSE = {
     "llama": "grouped queries, untied head",
@@ -45,6 +45,7 @@ QUICK_LAYOUTS = [
     # NVMe needs an operation that takes minutes to compile: test_nvme.py has it
     if (case.name.startswith("gemma3_text") and "NVMe" not in case.name)
     or (case.name.startswith("gpt2") and ("PP" in case.name or "TP" in case.name))
+    or ("PP 2" in case.name and "router loss" in case.name)
     or (case.name.startswith("mixtral") and ("TP 2, ZeRO-1" in case.name or "EP 2" in case.name))
 ]
 
@@ -113,6 +114,16 @@ def test_nor_does_it_in_tiles(bench: Bench, layout: str) -> None:
     recipe = recipe | {"memory": recipe.get("memory", {}) | TILES}
     losses = bench.second_document_losses(Case(f"{layout}, tiles", tiny_config("llama"), world_size, recipe))
     assert max(losses) - min(losses) < 1e-6, losses
+
+
+def test_evaluation_does_not_count_the_router_loss(bench: Bench) -> None:
+    world_size, recipe = LAYOUTS["PP 2, ZeRO-1"]
+    config = tiny_config("mixtral")
+    with_it, without = (
+        bench.second_document_losses(Case(f"evaluated, {len(fields)}", config | fields, world_size, recipe))
+        for fields in (ROUTER_LOSS, {})
+    )
+    assert with_it == without
 
 
 def test_a_leak_would_be_noticed(bench: Bench) -> None:

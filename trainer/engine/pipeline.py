@@ -69,6 +69,8 @@ class StagedEngine:
         self._place = topology.place(distributed.get_rank())
         self._batches = batches
         self._loss = loss
+        text = cast("Any", network).config.get_text_config()
+        self._auxiliary_coefficient: float = getattr(text, "router_aux_loss_coef", None) or 0.0
         self._num_sources = num_sources
         self._base = cast("torch.optim.Optimizer", engine.basic_optimizer)
         self._device = cast("torch.device", engine.device)
@@ -136,7 +138,11 @@ class StagedEngine:
                 losses = self._loss.function(logits.view(*targets.shape, -1), targets)
                 if self._place.tensor == 0:  # its other ranks compute the same
                     totals.add_losses(index, losses)
-                return losses.sum() * scale
+                auxiliary = self._batches.auxiliary
+                if auxiliary is None:
+                    return losses.sum() * scale
+                # A mean over a micro-batch: DeepSpeed makes it one over all of the step's.
+                return losses.sum() * scale + self._auxiliary_coefficient * auxiliary
 
             return loss
 

@@ -26,6 +26,8 @@ class MicroBatches:
     inputs: Iterator[Mapping[str, Any]] = field(default_factory=lambda: iter(()))
     losses: Iterator[Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=lambda: iter(()))
     """One function a micro-batch: logits → scalar loss."""
+    auxiliary: torch.Tensor | None = None
+    """The load-balancing loss of the micro-batch whose logits are there, on the last stage of a mixture that has it."""
 
     def begin(
         self, inputs: Sequence[Mapping[str, Any]], losses: Sequence[Callable[[torch.Tensor], torch.Tensor]]
@@ -52,7 +54,9 @@ class _Turn(nn.Module):
         return "Stage"  # DeepSpeed prints it
 
     def forward(self, received: torch.Tensor) -> torch.Tensor:
-        return self.stage(next(self._batches.inputs), None if self._is_first else received)
+        output = self.stage(next(self._batches.inputs), None if self._is_first else received)
+        self._batches.auxiliary = self.stage.auxiliary
+        return output
 
 
 class StageModule(PipelineModule):

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.core.errors import Problem, RecipeError
+from trainer.models.router_logits import RouterLogits, router_logits_of
 from trainer.parallel.cut import whole_shape_of
 
 # Modules that run on the other side of the blocks than they are defined on; by model type.
@@ -130,7 +131,9 @@ class Stage(nn.Module):
         prune(network, part)
         self.network = network
         self._unproven = True
-        self._route = _Route()
+        self._route = _Route(router_logits_of(network))
+        self.auxiliary: torch.Tensor | None = None
+        """The load-balancing loss of the last pass, on the last stage of a mixture whose config asks for it."""
         device = next(network.parameters()).device
         for name in part.foreign_modules():
             module = network.get_submodule(name)
@@ -148,9 +151,12 @@ class Stage(nn.Module):
         """Return the hidden states [batch, sequence, hidden] for the next stage, or the logits.
 
         ``inputs`` are the arguments of the model's forward pass, the same in every stage; ``received`` is what the
-        stage before returned.
+        stage before returned. Where the model balances the load of its experts, what is returned for the next stage
+        has the router logits of all blocks so far behind the hidden states.
         """
         arguments = dict(inputs)
+        if received is not None and self._route.routers is not None:
+            received = self._route.routers.split(received)
         self._route.received, self._route.entered = received, False
         try:
             return self._checked(self._run(arguments), received)
@@ -187,8 +193,12 @@ class Stage(nn.Module):
         return _refused(str(self.network.config.model_type), rule)
 
     def _run(self, arguments: dict[str, Any]) -> torch.Tensor:
+        self.auxiliary = None
         try:
-            return self.network(**arguments, use_cache=False).logits
+            outputs = self.network(**arguments, use_cache=False)
+            if self._route.routers is not None:
+                self.auxiliary = getattr(outputs, "aux_loss", None)
+            return outputs.logits
         except _LeftStageError as end:
             return end.hidden_states.contiguous()  # as it is sent
 
@@ -253,7 +263,8 @@ class _LeftStageError(Exception):
 class _Route:
     """What the blocks of one stage know of the pass under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, routers: RouterLogits | None) -> None:
+        self.routers = routers
         self.received: torch.Tensor | None = None
         self.entered = False
         self.as_tuple = False
@@ -277,8 +288,11 @@ class _Before:
 class _Behind:
     """A block of a later stage."""
 
+    _stage_route: _Route
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise _LeftStageError(args[0] if args else kwargs["hidden_states"])
+        hidden_states, routers = args[0] if args else kwargs["hidden_states"], self._stage_route.routers
+        raise _LeftStageError(hidden_states if routers is None else routers.join(hidden_states))
 
 
 class _Entry:
@@ -288,7 +302,9 @@ class _Entry:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._stage_route.entered = True
-        received = self._stage_route.received
+        received, routers = self._stage_route.received, self._stage_route.routers
+        if received is not None and routers is not None:
+            routers.enter()
         if received is None:  # recomputed in the backward pass, with what the forward pass gave
             pass
         elif args:

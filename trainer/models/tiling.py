@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from trainer.core.errors import Problem, RecipeError
@@ -122,7 +122,12 @@ class TiledLoss:
 def tile_last_stage(network: PreTrainedModel, loss: LossSpec, size: int) -> LossSpec:
     """Have the last pipeline stage return its final hidden states as if they were logits; return the loss of those."""
     tiled = TiledLoss(network, loss, size)
-    network.forward = lambda **inputs: CausalLMOutput(logits=cast("Any", tiled.states(**inputs)[0]))
+
+    def forward(**inputs: Any) -> MoeCausalLMOutputWithPast:
+        states, auxiliary = tiled.states(**inputs)
+        return MoeCausalLMOutputWithPast(logits=cast("Any", states), aux_loss=cast("Any", auxiliary))
+
+    network.forward = forward
     return LossSpec(loss.name, tiled.losses)
 
 

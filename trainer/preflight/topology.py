@@ -94,10 +94,9 @@ def _family_in_stages(facts: Facts) -> Iterator[Problem]:
 
 
 def _router_losses(facts: Facts) -> Iterator[Problem]:
-    parallel = facts.recipe.parallel
-    if facts.model.get("output_router_logits") and (parallel.pipeline > 1 or parallel.sequence > 1):
-        rule = "the load-balancing loss of experts is one of all blocks and whole sequences, which no rank has"
-        fix = "set model.config.output_router_logits: false, or parallel.pipeline and parallel.sequence to 1"
+    if facts.model.get("output_router_logits") and facts.recipe.parallel.sequence > 1:
+        rule = "the load-balancing loss of experts is one of whole sequences, which no rank has"
+        fix = "set model.config.output_router_logits: false, or parallel.sequence to 1"
         yield Problem("model.config.output_router_logits", True, rule, fix)
 
 
@@ -270,10 +269,10 @@ RULES = (
         Failing({"parallel.pipeline": 2, "model.config": {"model_type": "gemma3n_text"}}),
     ),
     Rule(
-        "load-balancing loss on one stage",
+        "load-balancing loss of whole sequences",
         _router_losses,
         Failing(
-            {"parallel.pipeline": 2, "model.config": {"model_type": "mixtral", "output_router_logits": True}},
+            {"parallel.sequence": 2, "model.config": {"model_type": "mixtral", "output_router_logits": True}},
         ),
     ),
     Rule("sequence length divisible", _sequence, Failing({"parallel.sequence": 2, "data.sequence_length": 33})),

@@ -4,7 +4,8 @@ usage: python reference.py JOB.json, where the job is
 {"model": directory, "attention": name, "batches": safetensors, "optimizer": {"name": ..., torch's keyword arguments},
 "groups": {trained parameter: [weight decay, learning-rate ratio]} or absent: all alike, "orthogonal": regular
 expressions that match the names of the matrices that Muon takes, "clip_norm": x,
-"learning_rates": [one a step], "output": directory}.
+"learning_rates": [one a step], "micro_size": sequences over which experts balance their load, 1 if absent,
+"output": directory}.
 
 ``batches`` holds ``tokens``, int64 [steps, sequences, sequence + 1], and optionally ``documents``, int64 [steps,
 sequences, sequence]: numbers of documents, each of which is run alone. Writes ``gradients.safetensors`` of the first
@@ -117,6 +118,8 @@ def train(job: dict[str, Any]) -> None:
     for step, rate in enumerate(job["learning_rates"]):
         documents = batches["documents"][step] if "documents" in batches else None
         loss = backward(model, batches["tokens"][step], documents)
+        if getattr(model.config, "output_router_logits", False):
+            balance(model, batches["tokens"][step], documents, job.get("micro_size", 1))
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         norm = nn.utils.get_total_norm(gradients.values()).item()
         steps.append([loss, norm])
@@ -169,6 +172,28 @@ def backward(model: PreTrainedModel, tokens: torch.Tensor, documents: torch.Tens
         loss.backward()
         total += loss.item()
     return total
+
+
+def balance(model: PreTrainedModel, tokens: torch.Tensor, documents: torch.Tensor | None, micro_size: int) -> None:
+    """Accumulate the gradient of the load-balancing loss of a mixture of experts, a mean over micro-batches.
+
+    Routers see every document alone, the loss sees what they say of the whole micro-batch.
+    """
+    of_logits = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    if of_logits is None:
+        return
+    groups = tokens[:, :-1].split(micro_size)
+    for number, rows in enumerate(groups):
+        if documents is None:
+            loss = model(input_ids=rows, use_cache=False).aux_loss
+        else:
+            numbers = documents[number * micro_size :][: len(rows)]
+            lengths = [numbers[i].unique_consecutive(return_counts=True)[1].tolist() for i in range(len(rows))]
+            parts = [part for row, pieces in zip(rows, lengths, strict=True) for part in row.split(pieces)]
+            said = [model(input_ids=part[None], use_cache=False).router_logits for part in parts]
+            joined = tuple(torch.cat(logits) for logits in zip(*said, strict=True))
+            loss = of_logits(joined, model.num_experts, model.num_experts_per_tok)
+        (model.config.router_aux_loss_coef * loss / len(groups)).backward()
 
 
 def sequences(tokens: torch.Tensor, documents: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -176,6 +176,7 @@ def _reference(
         "model": str(model), "attention": recipe.model.attention, "batches": str(batches),
         "optimizer": {"name": optimizer.name, **keywords[optimizer.name]},
         "groups": {key: [s.weight_decay, s.learning_rate_ratio] for key, s in settings.items()},
+        "micro_size": recipe.batch.micro_size,
         "orthogonal": [key for key, setting in settings.items() if setting.orthogonal],
         "clip_norm": optimizer.clip_norm, "output": str(directory / f"{name}-reference"),
         "learning_rates": [
