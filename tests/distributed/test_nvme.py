@@ -55,6 +55,23 @@ def test_killed_and_resumed_equals_undisturbed(trainer: Trainer, dtype: str) -> 
     assert not (trainer.directory / f"{dtype}-killed" / "offload").exists()
 
 
+def test_a_padded_vocabulary_fits_the_buffers(trainer: Trainer) -> None:
+    model = {"config": CONFIG, "dtype": "float32", "vocabulary_multiple": 20_000}  # 40,000 of 24,000
+    recipe = trainer.recipe("padded", model=model, deepspeed=NVME)
+    trainer.check(trainer.train(recipe, "run.steps=2"), recipe)
+
+
+def test_verification_leaves_the_files_of_a_run_alone(trainer: Trainer) -> None:
+    recipe = trainer.recipe("verified", **settings("float32"))
+    held = trainer.directory / "verified" / "offload" / "zero_stage_3" / "optimizer" / "rank0" / "0_1.tensor.swp"
+    held.parent.mkdir(parents=True)
+    held.write_text("of a run that is going on")
+    command = [sys.executable, "-W", "ignore", "-m", "trainer", "verify", str(recipe), "--steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert "passed: " in done.stdout, done.stdout + done.stderr
+    assert [path for path in (trainer.directory / "verified").rglob("*") if path.is_file()] == [held]
+
+
 def test_checkpoints_are_those_of_memory(trainer: Trainer) -> None:
     """The same run without offload, and one that goes on from NVMe's checkpoint without it."""
     model = {"config": CONFIG | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0), "dtype": "float32"}

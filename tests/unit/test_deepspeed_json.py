@@ -207,6 +207,10 @@ def test_the_old_name_of_bf16() -> None:
         ({"zero_optimization": {"sub_group_size": 1.5}}, ["zero_optimization.sub_group_size"]),
         ({"zero_optimization": {"offload_optimizer": 3}}, ["zero_optimization.offload_optimizer"]),
         (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": 3}}},
+            ["zero_optimization.offload_param.nvme_path"],
+        ),
+        (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
             ["zero_optimization.offload_optimizer.device"],
         ),
@@ -349,7 +353,6 @@ def test_runs_have_files_of_their_own_on_nvme() -> None:
         zero = {"zero_optimization": {"offload_optimizer": override}} if override else {}
         candidate = recipe("zero3_offload_nvme", override=zero, model={"config": {"model_type": "gpt2"}})
         resolved = resolve_deepspeed(candidate, derive(candidate, 2))["zero_optimization"]
-        assert 0 < resolved["offload_param"]["buffer_size"] < 100_000_000
         return [resolved[name]["nvme_path"] for name in ("offload_optimizer", "offload_param")]
 
     beside = paths()

@@ -10,7 +10,7 @@ from typing import Any, cast
 from trainer.config.deepspeed_file import DeepSpeedFile, read_deepspeed_file
 from trainer.config.deepspeed_rules import optimizer_problems, refused_problems, same, value_at
 from trainer.config.derive import Derived
-from trainer.config.model_fields import EXPERT_COUNTS, model_fields
+from trainer.config.model_fields import model_fields
 from trainer.config.run import Recipe
 from trainer.core.errors import Problem, RecipeError
 
@@ -18,6 +18,9 @@ from trainer.core.errors import Problem, RecipeError
 NEVER_PRINT = 1_000_000_000
 # Buckets of hidden_size ** 2 elements cost a small model one collective per few thousand numbers.
 SMALLEST_BUCKET = 1_000_000
+# Elements of a buffer that a rank's part of a parameter on NVMe is read into; raised to the largest parameter's where
+# the model is known (trainer/engine/state_nvme.py).
+SMALLEST_BUFFER = 1_000_000
 # Literal values of DeepSpeed's own, not ours to fill.
 LITERAL_AUTO = {"data_types.keep_in_fp32_modules"}
 
@@ -66,7 +69,7 @@ def _resolve(recipe: Recipe, derived: Derived) -> tuple[dict[str, Any] | None, l
     for key in ("fp16", "optimizer", "scheduler"):
         resolved.pop(key, None)
     problems += _fill_agreed(resolved, file, recipe, derived)
-    _fill_free(resolved, recipe, derived)
+    _fill_free(resolved, recipe)
     told = {problem.key for problem in problems}
     for path in _remaining_auto(resolved, ""):
         if file.key(path) not in told:
@@ -114,7 +117,7 @@ def _fill_agreed(resolved: dict[str, Any], file: DeepSpeedFile, recipe: Recipe, 
     resolved.pop("data_parallel_size", None)
 
 
-def _fill_free(resolved: dict[str, Any], recipe: Recipe, derived: Derived) -> None:
+def _fill_free(resolved: dict[str, Any], recipe: Recipe) -> None:
     """Fill the "auto" values that are nobody's business but DeepSpeed's."""
     zero = resolved.setdefault("zero_optimization", {"stage": 0})
     if isinstance(zero, dict):
@@ -125,7 +128,7 @@ def _fill_free(resolved: dict[str, Any], recipe: Recipe, derived: Derived) -> No
                 section[name] = value
         for name in ("offload_optimizer", "offload_param"):
             if value_at(section, f"{name}.device") == "nvme":
-                _fill_nvme(section[name], recipe, derived)
+                _fill_nvme(section[name], recipe)
     if resolved.get("communication_data_type") in (None, "auto"):
         resolved["communication_data_type"] = "fp32"
     if resolved.get("steps_per_print") in (None, "auto", 0):
@@ -135,30 +138,17 @@ def _fill_free(resolved: dict[str, Any], recipe: Recipe, derived: Derived) -> No
             resolved[path] = False
 
 
-def _fill_nvme(section: dict[str, Any], recipe: Recipe, derived: Derived) -> None:
+def _fill_nvme(section: dict[str, Any], recipe: Recipe) -> None:
     """Give a run files of its own: DeepSpeed names them by rank alone, so two runs would write into each other's."""
     directory = Path(recipe.run.directory).absolute()
     path = section.get("nvme_path")
     if path in (None, "auto"):
         section["nvme_path"] = str(directory / "offload")
-    else:
+    elif isinstance(path, str):
         digest = hashlib.sha256(str(directory).encode()).hexdigest()[:8]
-        section["nvme_path"] = str(Path(path) / f"{recipe.run.name}-{digest}")
+        section["nvme_path"] = str(Path(path).expanduser() / f"{recipe.run.name}-{digest}")
     if section.get("buffer_size") == "auto":
-        # A buffer holds a rank's part of the largest parameter; the parts are padded.
-        section["buffer_size"] = _largest_parameter(recipe) // derived.world_size + 4096
-
-
-def _largest_parameter(recipe: Recipe) -> int:
-    """Return the elements of the largest parameter, as far as the model's sizes are known."""
-    fields = model_fields(recipe.model)
-    hidden = fields.number("hidden_size")
-    vocabulary, width = fields.number("vocab_size"), fields.number("intermediate_size")
-    if not hidden or not vocabulary:
-        return 100_000_000  # DeepSpeed's default
-    wide = max(width or 0, fields.number("moe_intermediate_size") or 0, 4 * hidden)
-    experts = max(fields.number(name) or 1 for name in EXPERT_COUNTS)
-    return max(vocabulary, 2 * experts * wide) * hidden  # gate and up projection of all experts in one
+        section["buffer_size"] = SMALLEST_BUFFER
 
 
 def _zero_defaults(recipe: Recipe) -> dict[str, Any]:

@@ -56,6 +56,12 @@ REFUSED: tuple[Refused, ...] = (
     ),
     Refused("zero_optimization.cpu_offload_param", _on, f"offload_param {NOT_AVAILABLE}", "remove it"),
     Refused("zero_optimization.offload_optimizer.super_offload", _on, NOT_AVAILABLE, "remove it"),
+    Refused(
+        "zero_optimization.round_robin_gradients",
+        _on,
+        "DeepSpeed then loses track of which weight lies where, and checkpoints would hold them under wrong names",
+        "remove it",
+    ),
     Refused("zero_optimization.zenflow", _section, NOT_AVAILABLE, "remove it"),
     Refused(
         "zero_optimization.zero_quantized_nontrainable_weights",

@@ -23,7 +23,7 @@ from trainer.engine.upstream import lazy_muon, no_shared_memory_build
 from trainer.engine.upstream.stage0_bfloat16 import stage0_bfloat16_engine
 from trainer.engine.upstream.zero3_sharding import Zero3Sharding
 from trainer.engine.zero import ZeroEngine
-from trainer.models.build import build_model
+from trainer.models.build import build_model, skeleton
 from trainer.models.loss import LossSpec
 from trainer.models.shard_expert import shard_experts
 from trainer.models.shard_sequence import ATTENTION, SequenceAttention
@@ -66,7 +66,11 @@ def build_engine(
     if recipe.parallel.pipeline > 1:
         return build_staged_engine(recipe, model, config, deepspeed_json, loss, environment)
     stage = deepspeed_json["zero_optimization"]["stage"]
-    prepare_nvme(deepspeed_json)
+
+    def largest_parameter() -> int:
+        return max(parameter.numel() for parameter in skeleton(model, config).parameters())
+
+    prepare_nvme(deepspeed_json, largest_parameter, environment.world_size)
     device = training_device(environment.local_rank)
     refuse_on_cpu(deepspeed_json, device)
     mesh = mesh_of(recipe.parallel, environment.world_size)

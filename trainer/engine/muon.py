@@ -12,6 +12,7 @@ and its update back: with ZeRO 1 and 2 those at the edges of partitions do, with
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -181,15 +182,19 @@ class Muon(torch.optim.Optimizer):
         """Send (target, name, values); return what is due from (source, name), of so many elements."""
         assert self._group is not None
         rank, ranks = self._group.rank(), range(self._group.size())
+        received, given = Counter[int](), Counter[int]()
         found = {(rank, name): values for target, name, values in sent if target == rank}
         # Both sides know the pieces, so order alone tells what is what.
         away = sorted((item for item in sent if item[0] != rank), key=lambda item: item[:2])
         due = sorted(item for item in due if item[0] != rank)
         outgoing = torch.cat([like.new_empty(0), *(values for _, _, values in away)])
         incoming = like.new_empty(sum(count for _, _, count in due))
-        received = [sum(count for source, _, count in due if source == r) for r in ranks]
-        given = [sum(values.numel() for target, _, values in away if target == r) for r in ranks]
-        distributed.all_to_all_single(incoming, outgoing, received, given, group=self._group)
+        for source, _, count in due:
+            received[source] += count
+        for target, _, values in away:
+            given[target] += values.numel()
+        sizes = [received[r] for r in ranks], [given[r] for r in ranks]
+        distributed.all_to_all_single(incoming, outgoing, *sizes, group=self._group)
         chunks = incoming.split([count for _, _, count in due])
         return found | {(source, name): chunk for (source, name, _), chunk in zip(due, chunks, strict=True)}
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ from trainer.core.errors import Problem, RecipeError
 from trainer.engine.upstream import nvme_swapping, stale_build_lock
 
 
-def prepare_nvme(deepspeed_json: Mapping[str, Any]) -> None:
-    """Get ready if state is to lie on NVMe. Raises RecipeError if DeepSpeed can't build what reads and writes it."""
+def prepare_nvme(deepspeed_json: dict[str, Any], largest_parameter: Callable[[], int], world_size: int) -> None:
+    """Get ready if state is to lie on NVMe; buffers are made as large as a rank's part of the largest parameter.
+
+    Raises RecipeError if files can't lie there or DeepSpeed can't build what reads and writes them.
+    """
     zero = deepspeed_json["zero_optimization"]
     on_nvme = [
         name for name in ("offload_optimizer", "offload_param") if (zero.get(name) or {}).get("device") == "nvme"
@@ -28,6 +31,10 @@ def prepare_nvme(deepspeed_json: Mapping[str, Any]) -> None:
         return
     for name in on_nvme:
         _probe(f"zero_optimization.{name}.nvme_path", Path(zero[name]["nvme_path"]))
+    if "offload_param" in on_nvme:
+        section = zero["offload_param"]
+        needed = -(-largest_parameter() // world_size) + 4096  # parts are padded
+        section["buffer_size"] = max(section.get("buffer_size") or 0, needed)
     nvme_swapping.install()
     if not AsyncIOBuilder().is_compatible(verbose=False):
         rule = "offload to NVMe needs libaio and a C++ compiler on every node, to build DeepSpeed's async_io"

@@ -47,9 +47,9 @@ def give_all_gradients(network: nn.Module) -> int:
 
 def _wrap(block: nn.Module) -> None:
     own_forward = block.forward
+    parameters = {name: p for name, p in block.named_parameters() if p.requires_grad}
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        parameters = {name: p for name, p in block.named_parameters() if p.requires_grad}
         aliases = dict(zip(parameters, _Together.apply(*parameters.values()), strict=True))
         block.forward = own_forward
         try:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from trainer.checkpoint.layout import newest, read_manifest
 from trainer.config.deepspeed_file import read_deepspeed_file
 from trainer.config.deepspeed_rules import value_at
 from trainer.config.derive import Derived, derive, derive_problems
@@ -30,6 +31,20 @@ def installed_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue  # `trainer check` may run where nothing is trained
     return versions
+
+
+def _config_of_run(directory: Path) -> dict[str, Any] | None:
+    """Return the model's config where ``directory`` is another run, its vocabulary without padding."""
+    found = newest(directory)
+    manifest = read_manifest(found[1]) if found else None
+    model = manifest.get("model") if manifest else None
+    if not isinstance(model, dict) or not isinstance(cast("Any", model).get("config"), dict):
+        return None
+    facts = cast("dict[str, Any]", model)
+    fields, unpadded = dict(facts["config"]), facts.get("unpadded_vocabulary_size")
+    if isinstance(unpadded, int) and "vocab_size" in fields:
+        fields["vocab_size"] = unpadded
+    return fields
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,11 @@ class Facts:
     @cached_property
     def model(self) -> ModelFields:
         """The fields of the model's config, as far as they are known offline."""
-        return model_fields(self.recipe.model)
+        model = self.recipe.model
+        fields = _config_of_run(Path(model.path)) if model.path is not None else None
+        if fields is None:
+            return model_fields(model)
+        return model_fields(model.model_copy(update={"path": None, "config": fields | (model.config or {})}))
 
     @cached_property
     def shards(self) -> tuple[tuple[str, ShardFacts], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,6 +195,18 @@ def _own_name(facts: Facts, name: str) -> str:
     return facts.model.attribute_map.get(name, name)
 
 
+def _run(tmp: Path) -> dict[str, Any]:
+    """Make a run of 64 tokens, padded to 128."""
+    step = tmp / "teacher" / "checkpoints" / "step-00000001"
+    step.mkdir(parents=True)
+    model = {"config": {"model_type": "llama", "vocab_size": 128}, "unpadded_vocabulary_size": 64}
+    (step / "rank-00000.safetensors").write_text("1", encoding="utf-8")
+    files = {"rank-00000.safetensors": {"bytes": 1, "xxh3_64": "0" * 16}}
+    manifest = {"format": "trainer-checkpoint", "version": 1, "step": 1, "files": files, "model": model}
+    (step / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return {"model.path": str(tmp / "teacher"), "model.config": None}
+
+
 def _empty_directory(tmp: Path) -> dict[str, Any]:
     (tmp / "model").mkdir()
     return {"model.path": str(tmp / "model"), "model.config": None}
@@ -233,6 +246,7 @@ RULES = (
         Failing({"model.initialization": "scaled_residual", "model.config": {"model_type": "gpt2"}}),
     ),
     Rule("tokens are added to a pretrained model", _vocabulary_size, Failing({"model.vocabulary_size": 128})),
+    Rule("tokens of a run are only added", _vocabulary_size, Failing({"model.vocabulary_size": 63}, prepare=_run)),
     Rule("tokens are only added", _vocabulary_size, Failing({"model.vocabulary_size": 63}, prepare=_local_config)),
     Rule(
         "a pretrained model has its own vocabulary",

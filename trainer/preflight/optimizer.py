@@ -34,9 +34,9 @@ def _decay(facts: Facts) -> Iterator[Problem]:
 
 def _momentum(facts: Facts) -> Iterator[Problem]:
     optimizer = facts.recipe.optimizer
-    if optimizer.name not in ("sgd", "muon") and optimizer.momentum is not None:
+    if optimizer.name not in ("sgd", "muon") and optimizer.momentum:
         rule = f"momentum is of SGD and Muon; {optimizer.name} has its own settings"
-        yield Problem("optimizer.momentum", optimizer.momentum, rule, "remove it or set optimizer.name: sgd")
+        yield Problem("optimizer.momentum", optimizer.momentum, rule, "remove it or set optimizer.name: sgd or muon")
 
 
 def _muon(facts: Facts) -> Iterator[Problem]:

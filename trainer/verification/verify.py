@@ -77,6 +77,7 @@ def verify(
     ``run_ranks(command, number)`` starts ranks and returns their exit code. Raises TrainerError if they fail.
     """
     small = reduced(recipe, derived, num_steps)
+    small["run"]["directory"] = str(directory / "run")  # state on NVMe must not mix with that of the run itself
     config = shrunk_config(
         hugging_face_config(recipe.model), recipe.parallel, small["data"]["sequence_length"], recipe.model.attention
     )

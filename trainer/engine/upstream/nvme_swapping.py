@@ -45,11 +45,11 @@ def _swap_in_gradients(self: Any, aio_handle: Any, parameter: torch.Tensor, dest
 
 def read_buffered(path: Path, count: int, dtype: torch.dtype) -> torch.Tensor:
     """Return the first ``count`` elements of a file, read as any file is. Raises OSError if it is shorter."""
-    size = count * dtype.itemsize
+    content = bytearray(count * dtype.itemsize)
     with path.open("rb") as file:
-        content = bytearray(file.read(size))
-    if len(content) != size:
-        raise OSError(f"{path} is cut off: {len(content)} of {size} bytes")
+        found = file.readinto(content)
+    if found != len(content):
+        raise OSError(f"{path} is cut off: {found} of {len(content)} bytes")
     return torch.frombuffer(content, dtype=dtype)
 
 
