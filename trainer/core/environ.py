@@ -112,6 +112,14 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def slurm_job(environment: Mapping[str, str]) -> tuple[str, str, int] | None:
+    """Return (cluster, job id, how often it was requeued) of the SLURM job this process is in, None outside of one."""
+    job, restarts = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_RESTART_COUNT", "")
+    if not job:
+        return None
+    return environment.get("SLURM_CLUSTER_NAME", ""), job, int(restarts) if _INTEGER.fullmatch(restarts) else 0
+
+
 def die_with_parent(environment: Mapping[str, str]) -> None:
     """Ask Linux to kill this process (SIGKILL) when the process that launched it dies. No-op on other systems.
 

@@ -23,9 +23,13 @@ def run_rank(recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], e
     os.umask(0o077)  # a run directory holds paths, host names and data: private unless its owner opens it
     directory: RunDirectory | None = None
     with StopFlag() as stop, open_rank_log(Path(recipe.run.directory), environment.rank) as log:
+
+        def say(text: str) -> None:
+            print(text, file=log.console_stream, flush=True)
+
         try:
             if environment.rank == 0:
-                directory = RunDirectory(recipe, deepspeed_json, environment.world_size)
+                directory = RunDirectory(recipe, deepspeed_json, environment.world_size, say)
             code = _train(recipe, derived, deepspeed_json, environment, directory, log, stop)
         except BaseException as error:  # noqa: BLE001 - status.json must say how every run ended
             code = _report(error, environment, directory, log)
