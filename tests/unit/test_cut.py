@@ -53,7 +53,7 @@ def written(tmp_path: Path, cut: Cut) -> CheckpointReader:
     """A checkpoint that holds one part of WHOLE."""
     writer = CheckpointWriter(tmp_path, Ranks(), attempt="0001", keep_last=9, keep_every_steps=None)
     part = StateSlice("w", "weight", (4, 12), 0, cut.take(WHOLE).view(-1), primary=True, cut=cut)
-    return CheckpointReader(writer.write(1, [part], {}, {}))
+    return CheckpointReader(writer.write(1, [part], {"state": {}, "model": {}}))
 
 
 def test_a_part_is_read_as_it_is_held_or_out_of_the_whole(tmp_path: Path) -> None:
@@ -71,7 +71,9 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
 
 def test_whole_tensors_are_written_as_older_trainers_read_them(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, Ranks(), attempt="0001", keep_last=9, keep_every_steps=None)
-    path = writer.write(1, [StateSlice("w", "weight", (4, 12), 0, WHOLE.view(-1), primary=True)], {}, {})
+    path = writer.write(
+        1, [StateSlice("w", "weight", (4, 12), 0, WHOLE.view(-1), primary=True)], {"state": {}, "model": {}}
+    )
     assert layout.read_manifest(path)["version"] == layout.VERSION_WITHOUT_CUTS  # type: ignore[index]
     cut = Cut(1, 1, 2)
     assert torch.equal(CheckpointReader(path).read("w", "weight", 0, 24, cut).view(4, 6), cut.take(WHOLE))

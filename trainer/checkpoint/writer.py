@@ -57,8 +57,8 @@ class CheckpointWriter:
             for leftover in layout.temporary_directories(run_directory):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def write(self, step: int, slices: Iterable[StateSlice], state: dict[str, Any], model: dict[str, Any]) -> Path:
-        """Commit the checkpoint of ``step`` and return its directory.
+    def write(self, step: int, slices: Iterable[StateSlice], facts: dict[str, Any]) -> Path:
+        """Commit the checkpoint of ``step`` and return its directory; ``facts`` are further fields of its manifest.
 
         Raises CheckpointError on every rank alike when any rank failed; nothing is committed then and the previous
         checkpoint stands.
@@ -72,7 +72,7 @@ class CheckpointWriter:
         if failed:
             self._discard(temporary)
             raise CheckpointError(f"checkpoint of step {step} was not written: " + "; ".join(failed))
-        manifest = _manifest(step, shards, state, model, self._ranks.world_size)
+        manifest = _manifest(step, shards, facts, self._ranks.world_size)
         self._together(lambda: self._commit(step, temporary, final, manifest), f"step {step}: not committed")
         self._together(self._prune, "old checkpoints not deleted")
         return final
@@ -144,9 +144,7 @@ class CheckpointWriter:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _manifest(
-    step: int, shards: list[_Shard], state: dict[str, Any], model: dict[str, Any], world_size: int
-) -> dict[str, Any]:
+def _manifest(step: int, shards: list[_Shard], facts: dict[str, Any], world_size: int) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for index, shard in enumerate(shards):
         for name, key, dtype, shape, start, count, cut in shard.slices:
@@ -162,6 +160,5 @@ def _manifest(
         "shards": [shard.file for shard in shards],
         "files": {shard.file: {"bytes": shard.bytes, "xxh3_64": shard.xxh3_64} for shard in shards},
         "tensors": tensors,
-        "state": state,
-        "model": model,
+        **facts,
     }

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from trainer.checkpoint import layout, random_state
 from trainer.checkpoint.agreement import Ranks
 from trainer.checkpoint.identity import data_identity
+from trainer.checkpoint.provenance import provenance
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.resized import ResizedReader
 from trainer.checkpoint.select import choose
@@ -107,12 +108,15 @@ def build_parts(
         "commit": getattr(config, "_commit_hash", None),
         "unpadded_vocabulary_size": unpadded,
     }
+    hosts = ranks.gather(socket.gethostname())
+    stage = deepspeed_json["zero_optimization"]["stage"]
     sinks, committed = open_sinks(state.step)
 
     def save() -> None:
         identity = data_identity(recipe, loader.sampler.fingerprint(state.consumed_samples))
-        values = {"train": state.to_json(), "identity": identity}
-        path = writer.write(state.step, engine.iterate_state(), values, model)
+        facts = {"state": {"train": state.to_json(), "identity": identity}, "model": model}
+        facts |= provenance(recipe, mesh, stage, len(set(hosts)), engine.logical_shapes())
+        path = writer.write(state.step, engine.iterate_state(), facts)
         committed(state.step)
         sinks.message(f"checkpoint {path.name}")
 
@@ -123,7 +127,6 @@ def build_parts(
     if (warning := untested()) is not None:
         sinks.message(warning)
     sinks.message(_summary(parts, deepspeed_json, reader))
-    hosts = ranks.gather(socket.gethostname())
     if _degrees(parts):
         for line in engine.division + mesh_table(mesh, hosts, recipe.parallel.expert):
             sinks.message(line)
