@@ -54,9 +54,12 @@ def refuse_beyond_budget(recipe: Recipe, derived: Derived, sampler: Sampler) -> 
 
 
 def restore_generators(reader: CheckpointReader, ranks: Ranks, seed: int, state: TrainState, tensor: int = 1) -> bool:
-    """Restore this rank's generators; at another number of ranks seed them anew. Return whether they were restored."""
-    if reader.world_size == ranks.world_size:
-        random_state.restore(reader.random_states(ranks.rank))
+    """Restore this rank's generators; at another number of ranks seed them anew. Return whether they were restored.
+
+    A checkpoint that was rewritten for another number of ranks holds none.
+    """
+    if reader.world_size == ranks.world_size and (states := reader.random_states(ranks.rank)):
+        random_state.restore(states)
         return True
     random_state.seed_everything(seed, ranks.rank // tensor, state.step)
     return False
