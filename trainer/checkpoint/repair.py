@@ -94,13 +94,17 @@ def _point(found: Survey, findings: dict[int, list[Finding]], newest: int, treat
 
 
 def _make_private(run_directory: Path, newest: int, treatment: Treatment) -> None:
-    """Take from others, and from the group where the recipe doesn't let it read, what they may do."""
+    """Take from others, and from the group where the recipe doesn't let it read, what they may do.
+
+    A file in a closed directory is out of reach whatever its mode: directories decide whether anything is to be done.
+    """
     manifest = layout.read_manifest(layout.step_directory(run_directory, newest)) or {}
     group = _GROUP_READ if recipe_setting(manifest, "run", "group_access") == "read" else 0
-    open_paths = [path for path in _own_paths(run_directory) if _excess(path, group)]
+    open_paths = [path for path in _own_paths(run_directory) if path.is_dir() and _excess(path, group)]
     if not open_paths:
         return
-    text = f"{len(open_paths)} files and directories are open to others, {open_paths[0].name} is one: made private"
+    names = ", ".join(path.name for path in open_paths[:4]) + (", ..." if len(open_paths) > 4 else "")
+    text = f"others may look into {names}: made private"
 
     def close() -> None:
         for path in (path for path in _own_paths(run_directory) if _excess(path, group)):
