@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ from ranks import TESTS
 from trainer.data.shards import ShardWriter
 
 STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """SIGKILL ``victims`` (ranks) ``delay_seconds`` after ``run`` has committed a step beyond ``newer_than``."""
+
+    run: Path
+    newer_than: int
+    delay_seconds: float
+    victims: list[int]
 
 
 class Trainer:
@@ -42,7 +53,7 @@ class Trainer:
         self.process.stdin.close()
         self.process.wait(timeout=30)
 
-    def recipe(self, run: str, *, dropout: float = 0.1, **sections: Any) -> Path:
+    def recipe(self, run: str, /, *, dropout: float = 0.1, **sections: Any) -> Path:
         path = self.directory / f"{run}.yaml"
         config = {
             "model_type": "gpt2", "vocab_size": 512, "n_embd": 48, "n_layer": 2, "n_head": 2, "n_positions": 64,
@@ -68,11 +79,16 @@ class Trainer:
         path.write_text(yaml.safe_dump(recipe))
         return path
 
-    def train(self, recipe: Path, *overrides: str, world: int = 2, faults: str = "") -> list[int]:
+    def train(
+        self, recipe: Path, *overrides: str, world: int = 2, faults: str = "",
+        kill: Kill | None = None, grace_seconds: float = 0.0,
+    ) -> list[int]:  # fmt: skip
+        """Run to the end and return the ranks' exit codes; ``grace_seconds`` after one was killed the others are."""
         output = recipe.with_suffix(".out")
         job = {
             "argv": ["train", str(recipe), *overrides], "world": world, "output": str(output),
-            "env": {"TRAINER_FAULTS": faults},
+            "env": {"TRAINER_FAULTS": faults}, "grace_seconds": grace_seconds,
+            "kill": None if kill is None else asdict(kill) | {"run": str(kill.run)},
         }  # fmt: skip
         assert self.process.stdin is not None
         assert self.process.stdout is not None
