@@ -1,0 +1,59 @@
+"""What a checkpoint says about the run that wrote it, beside tensors and counters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterable
+from importlib import metadata
+from typing import Any
+
+from trainer.config.run import Recipe
+from trainer.parallel.topology import Topology
+
+LIBRARIES = ("trainer", "torch", "deepspeed", "transformers")
+
+
+def provenance(
+    recipe: Recipe, mesh: Topology, zero_stage: int, num_nodes: int, parameters: Iterable[str]
+) -> dict[str, Any]:
+    """Return the manifest's fields about topology, libraries, recipe, optimizer and frozen ``parameters``."""
+    resolved = recipe.model_dump(mode="json")
+    return {
+        "topology": {
+            "world_size": mesh.world_size,
+            "pipeline": mesh.pipeline,
+            "tensor": mesh.tensor,
+            "sequence": mesh.sequence,
+            "expert": recipe.parallel.expert,
+            "data": mesh.data,
+            "zero_stage": zero_stage,
+            "nodes": num_nodes,
+        },
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "recipe": resolved,
+        "recipe_digest": recipe_digest(resolved),
+        "optimizer": {"name": recipe.optimizer.name},
+        "frozen": frozen_names(parameters, recipe.model.freeze),
+        "created_unix": time.time(),
+    }
+
+
+def recipe_digest(resolved: dict[str, Any]) -> str:
+    """Return the SHA-256 of a resolved recipe in canonical JSON: the same recipe has the same digest anywhere."""
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def frozen_names(parameters: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """Return the names of parameters that a recipe's ``model.freeze`` keeps as they are, sorted."""
+    found = [re.compile(pattern) for pattern in patterns]
+    return sorted(name for name in parameters if any(pattern.search(name) for pattern in found))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
