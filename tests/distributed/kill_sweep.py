@@ -31,7 +31,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pipeline2": {"deepspeed": {"base": "zero1"}, "parallel": {"pipeline": 2}},
 }
 EVERY_STEPS = 2
-STEPS_A_KILL = 8
+STEPS_A_KILL = 5
 """No kill lets a run go further than this on average."""
 
 EVERY_RANK, FIRST_RANK = "01", "0"
