@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -20,12 +21,13 @@ STEPS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """SIGKILL ``victims`` (ranks) ``delay_seconds`` after ``run`` has committed a step beyond ``newer_than``."""
+    """Signal ``victims`` (ranks) ``delay_seconds`` after ``run`` has committed a step beyond ``newer_than``."""
 
     run: Path
     newer_than: int
     delay_seconds: float
     victims: list[int]
+    signal: int = signal.SIGKILL
 
 
 class Trainer:
@@ -81,13 +83,17 @@ class Trainer:
 
     def train(
         self, recipe: Path, *overrides: str, world: int = 2, faults: str = "",
-        kill: Kill | None = None, grace_seconds: float = 0.0,
+        kill: Kill | None = None, grace_seconds: float = 0.0, privileged: bool = True,
     ) -> list[int]:  # fmt: skip
-        """Run to the end and return the ranks' exit codes; ``grace_seconds`` after one was killed the others are."""
+        """Run to the end and return the ranks' exit codes; ``grace_seconds`` after one was killed the others are.
+
+        Ranks that are not ``privileged`` heed the modes of files even as root.
+        """
         output = recipe.with_suffix(".out")
         job = {
             "argv": ["train", str(recipe), *overrides], "world": world, "output": str(output),
             "env": {"TRAINER_FAULTS": faults}, "grace_seconds": grace_seconds,
+            "privileged": privileged,
             "kill": None if kill is None else asdict(kill) | {"run": str(kill.run)},
         }  # fmt: skip
         assert self.process.stdin is not None
