@@ -333,7 +333,7 @@ def test_a_run_whose_directory_was_taken_commits_nothing_more(
     codes = trainer.train(recipe)
     thread.join()
     assert codes == [1, 1], said(recipe)
-    assert "another job has taken" in said(recipe)
+    assert "another job has taken over" in said(recipe)
     # One commit may have passed the question when the lock was taken.
     assert held(run)[-1] <= seen["steps"][-1] + 5
     assert trainer.status(run.name)["state"] == "running"  # not this one's any more

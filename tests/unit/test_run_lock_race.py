@@ -1,4 +1,4 @@
-"""Starts at the same instant on one run directory: exactly one of 8 processes wins, whether or not flock works.
+"""Starts at the same instant on one run directory: exactly one of 8 processes wins, with the system's locks or none.
 
 Not among the fast tests: 80 rounds.
 """

@@ -70,7 +70,7 @@ def _train(
             attempt=directory.attempt if directory else 0,
             open_sinks=open_sinks, say=say,
             stop_requested=lambda: stop.received is not None or (directory is not None and directory.lost),
-            may_commit=directory.may_commit if directory else lambda: None,
+            may_commit=directory.refuse_if_taken_over if directory else lambda: None,
         )  # fmt: skip
         try:
             outcome = train(parts)

@@ -83,11 +83,11 @@ class RunDirectory:
         """Whether another start has taken the directory: this one must end."""
         return self._lock.lost
 
-    def may_commit(self) -> None:
-        """Raise CheckpointError if another start has taken the directory: what this one commits would be in its way."""
+    def refuse_if_taken_over(self) -> None:
+        """Raise CheckpointError if another job trains here now: this one was thought dead."""
         if not self._lock.still_mine():
             owner = holder(self.path, watch=False) or "on another host"
-            raise CheckpointError(f"another job has taken {self.path} since ({owner}): this one commits nothing more")
+            raise CheckpointError(f"another job has taken over {self.path} ({owner}): this one may not commit any more")
 
     def release(self) -> None:
         """Let the next job in."""
