@@ -31,6 +31,7 @@ class CheckpointConfig(Section):
     hook_timeout_seconds: float = Field(default=600.0, gt=0)
     """How long it may take; at its end a run waits as long for it."""
     resume: Literal["auto", "require", "never"] = "auto"
-    """auto: continue where a checkpoint is; require: refuse to start without one; never: refuse if there is one."""
+    """auto: continue from the newest undamaged checkpoint, if there is one; require: refuse to start without one, or
+    where the newest is damaged; never: refuse if there is one."""
     accept_changed_data: bool = False
     """Continue although the data, their weights or their order differ from what the checkpoint was trained on."""

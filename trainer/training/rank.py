@@ -68,7 +68,8 @@ def _train(
         parts = build_parts(
             recipe, derived, deepspeed_json, environment,
             attempt=directory.attempt if directory else 0,
-            open_sinks=open_sinks, say=say, stop_requested=lambda: stop.received is not None,
+            open_sinks=open_sinks, say=say,
+            stop_requested=lambda: stop.received is not None or (directory is not None and directory.lost),
             may_commit=directory.refuse_if_taken_over if directory else lambda: None,
         )  # fmt: skip
         try:
