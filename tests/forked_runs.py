@@ -68,11 +68,11 @@ class Trainer:
         path.write_text(yaml.safe_dump(recipe))
         return path
 
-    def train(self, recipe: Path, *overrides: str, world: int = 2, faults: str = "") -> list[int]:
+    def train(self, recipe: Path, *overrides: str, world: int = 2, faults: str = "", before: str = "") -> list[int]:
         output = recipe.with_suffix(".out")
         job = {
             "argv": ["train", str(recipe), *overrides], "world": world, "output": str(output),
-            "env": {"TRAINER_FAULTS": faults},
+            "env": {"TRAINER_FAULTS": faults}, "before": before,
         }  # fmt: skip
         assert self.process.stdin is not None
         assert self.process.stdout is not None

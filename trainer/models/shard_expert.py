@@ -13,7 +13,7 @@ from torch import distributed, nn
 from transformers import PreTrainedModel
 
 from trainer.core.errors import Problem, RecipeError
-from trainer.parallel.cut import Cut
+from trainer.parallel.cut import Cut, cut_of
 from trainer.parallel.exchange import send_rows
 
 Group = distributed.ProcessGroup
@@ -51,8 +51,9 @@ def _share(module: Any, group: Group, group_name: str) -> None:
         raise RecipeError(Problem("parallel.expert", ranks, rule, f"use one of {divisors}"))
     cut = Cut(0, group.rank(), ranks)
     for parameter in module.parameters(recurse=False):
-        parameter.data = cut.take(parameter.data)
-        parameter.cut = cut
+        if cut_of(parameter) is None:  # not built so
+            parameter.data = cut.take(parameter.data)
+            parameter.cut = cut
         parameter.expert_ranks = ranks
         parameter.allreduce, parameter.group_name = False, group_name  # what DeepSpeed knows experts by
     module.num_experts = count // ranks
