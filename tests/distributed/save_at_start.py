@@ -10,7 +10,8 @@ def install() -> None:
     original = loop.train
 
     def train(parts: loop.Parts) -> loop.Outcome:
-        parts.save()
+        parts.saver._saved_step = -1
+        parts.saver.save(final=True)
         return original(parts)
 
     loop.train = train

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,15 @@ import torch
 
 from trainer.checkpoint import layout, random_state
 from trainer.checkpoint.pieces import Numbers, find_pieces, fits, split_at
-from trainer.checkpoint.shard_reader import DTYPES, ShardReader
+from trainer.checkpoint.sections import prefix_of
+from trainer.checkpoint.shard_file import DTYPES
+from trainer.checkpoint.shard_reader import ShardReader
 from trainer.checkpoint.writer import slice_key
 from trainer.core.errors import CheckpointError
 from trainer.parallel.cut import Cut
 
 _OPEN_FILES = 32
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class CheckpointReader:
             raise CheckpointError(f"{directory} is no complete checkpoint: " + "; ".join(problems))
         manifest = layout.read_manifest(directory)
         assert manifest is not None
-        if manifest.get("version") not in (layout.VERSION_WITHOUT_CUTS, layout.VERSION):
+        if manifest.get("version") not in layout.VERSIONS:
             raise CheckpointError(
                 f"{directory}: format version {manifest.get('version')!r}, this trainer reads {layout.VERSION}: "
                 "upgrade it"
@@ -86,6 +88,8 @@ class CheckpointReader:
         self._shards: list[str] = [name for name in manifest["shards"] if name in manifest["files"]]
         if self._shards != manifest["shards"]:
             raise CheckpointError(f"{directory}: the manifest names shards that it does not list")
+        shared = Counter(self._shards)
+        self._prefixes = [prefix_of(rank) if shared[name] > 1 else "" for rank, name in enumerate(self._shards)]
         self._readers: dict[str, ShardReader] = {}
         self._open: OrderedDict[str, None] = OrderedDict()
         """Shards whose file may be open, the least recently read first."""
@@ -142,9 +146,9 @@ class CheckpointReader:
         out = out[which] + offset
         for number in np.unique(slices).tolist():
             mine = slices == number
-            shard = self._shard(held.shards[number])
+            index = held.shards[number]
             places = low[mine] - held.starts[number], (high - low)[mine], out[mine]
-            shard.read_pieces(slice_key(name, key), *places, result)
+            self._shard(index).read_pieces(self._prefixes[index] + slice_key(name, key), *places, result)
 
     def _held(self, name: str, key: str) -> _Held:
         """Return what the checkpoint holds of a state. Raises CheckpointError if it is nothing, or can't be true."""
@@ -167,9 +171,9 @@ class CheckpointReader:
 
     def random_states(self, rank: int) -> dict[str, torch.Tensor]:
         """Return what ``random_state.capture`` returned on ``rank``."""
-        shard = self._shard(rank)
-        keys = [key for key in shard.keys() if key.startswith(random_state.PREFIX)]  # noqa: SIM118 - not a mapping
-        return {key: shard.read(key, 0, 2**31) for key in keys}
+        shard, prefix = self._shard(rank), self._prefixes[rank]
+        keys = [key for key in shard.keys() if key.startswith(prefix + random_state.PREFIX)]  # noqa: SIM118 - no mapping
+        return {key.removeprefix(prefix): shard.read(key, 0, 2**31) for key in keys}
 
     def _shard(self, index: int) -> ShardReader:
         """Return the reader of a shard; few of them have their file open."""
