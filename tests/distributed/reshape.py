@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forked_runs import Trainer
+from forked_runs import Trainer, tensors
 
 from trainer.checkpoint import layout
-from trainer.checkpoint.reader import CheckpointReader
 from trainer.core.errors import RecipeError
 from trainer.preflight.check import prepare
 
@@ -63,7 +62,8 @@ def write_recipe(trainer: Trainer, run: str, where: Layout, optimizer: str = "ad
         optimizer=OPTIMIZERS[optimizer],
         deepspeed={"base": f"zero{where.zero}"},
         parallel={"pipeline": where.pipeline, "tensor": where.tensor},
-        checkpoint={"every_steps": SAVED, "keep_last": 5},
+        # Every rank a file of its own, or all of a node one: both are read at every shape.
+        checkpoint={"every_steps": SAVED, "keep_last": 5, "files": "node" if where.world == MAX_RANKS else "rank"},
     )
 
 
@@ -83,15 +83,6 @@ def train(trainer: Trainer, recipe: Path, where: Layout, before: str = "") -> No
 
 def losses(trainer: Trainer, run: str) -> dict[int, float]:
     return {step: loss for (step, _), loss in trainer.metrics(run).items()}
-
-
-def tensors(run: Path, step: int) -> dict[tuple[str, str], torch.Tensor]:
-    """Every tensor of a checkpoint: weights and optimizer state."""
-    directory = layout.step_directory(run, step)
-    reader, manifest = CheckpointReader(directory), layout.read_manifest(directory)
-    assert manifest is not None
-    held = [(name, key) for name, entry in manifest["tensors"].items() for key in entry["states"]]
-    return {(name, key): reader.whole(name, key) for name, key in held}
 
 
 @dataclass(frozen=True)

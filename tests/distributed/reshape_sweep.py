@@ -21,6 +21,8 @@ import reshape
 from forked_runs import Trainer
 from reshape import TOLERANCE, Layout, Source
 
+from trainer.core.errors import TrainerError
+
 OTHER_OPTIMIZERS = (
     Layout(0, data=2), Layout(1, data=4), Layout(2, data=2), Layout(3, data=2), Layout(1, data=2, pipeline=2),
     Layout(1, data=2, tensor=2),
@@ -40,7 +42,7 @@ class Cells:
             difference = cell()
             assert difference < TOLERANCE, f"losses differ by {difference:.2e}"
             outcome, self.num_passed = f"ok, losses within {difference:.1e}", self.num_passed + 1
-        except AssertionError as error:
+        except (AssertionError, OSError, TrainerError) as error:
             outcome = f"FAILED: {error}"
             self.failed.append(name)
         print(f"{name}: {outcome} ({time.monotonic() - started:.1f} s)", flush=True)
