@@ -95,6 +95,11 @@ class CheckpointReader:
         """Shards whose file may be open, the least recently read first."""
         self._index: dict[tuple[str, str], _Held] = {}
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors that were read so far."""
+        return sum(shard.bytes_read for shard in self._readers.values())
+
     def names(self) -> list[str]:
         """Return the names of all logical tensors."""
         return list(self._tensors)
