@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,12 @@ class CheckpointWriter:
             for leftover in layout.temporary_directories(run_directory):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def write(self, step: int, slices: Iterable[StateSlice], facts: dict[str, Any]) -> Path:
+    def write(
+        self, step: int, slices: Iterable[StateSlice], facts: dict[str, Any], protected: Collection[int] = ()
+    ) -> Path:
         """Commit the checkpoint of ``step`` and return its directory; ``facts`` are further fields of its manifest.
+
+        The checkpoints of the steps ``protected`` are not deleted.
 
         Raises CheckpointError on every rank alike when any rank failed; nothing is committed then and the previous
         checkpoint stands.
@@ -74,7 +78,7 @@ class CheckpointWriter:
             raise CheckpointError(f"checkpoint of step {step} was not written: " + "; ".join(failed))
         manifest = _manifest(step, shards, facts, self._ranks.world_size)
         self._together(lambda: self._commit(step, temporary, final, manifest), f"step {step}: not committed")
-        self._together(self._prune, "old checkpoints not deleted")
+        self._together(lambda: self._prune(protected), "old checkpoints not deleted")
         return final
 
     def _together(self, action: Callable[[], None], what: str) -> None:
@@ -130,9 +134,9 @@ class CheckpointWriter:
         replace_text(layout.pointer_path(self._run), final.name + "\n")
         faults.reach("checkpoint.committed", rank=0, step=step)
 
-    def _prune(self) -> None:
+    def _prune(self, protected: Collection[int]) -> None:
         steps = [step for step, _ in layout.step_directories(self._run)]
-        for step in to_delete(steps, self._keep_last, self._keep_every_steps):
+        for step in to_delete(steps, self._keep_last, self._keep_every_steps, protected):
             doomed = layout.step_directory(self._run, step)
             aside = layout.temporary_directory(self._run, step, "deleted")
             # Renamed first: half a deleted checkpoint must not look like one.
