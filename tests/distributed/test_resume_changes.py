@@ -278,3 +278,172 @@ def test_optimizer_and_frozen_parameters_are_refused_together_and_accepted_toget
         prepare(recipe, ["checkpoint.accept_changes=[data]"])
     assert [problem.key for problem in caught.value.problems] == ["optimizer.name", "model.freeze"]
     trainer.check(trainer.train(recipe, "run.steps=12", "checkpoint.accept_changes=[optimizer, frozen]"), recipe)
+
+
+@pytest.mark.parametrize(
+    ("settings", "keys"),
+    [
+        ({"config": {"n_embd": 64}}, ["model.config.n_embd"]),
+        ({"config": {"n_layer": 3}}, ["model.config.n_layer"]),
+        ({"config": {"vocab_size": 640}}, ["model.config.vocab_size"]),
+        ({"sequence_length": 16}, ["data.sequence_length", "data.train"]),
+        ({"seed": 12}, ["run.seed", "data.train"]),
+    ],
+)
+def test_another_model_or_order_is_refused_field_by_field(
+    trainer: Trainer, source: Callable[..., Path], settings: dict[str, Any], keys: list[str]
+) -> None:
+    run = "other-" + "-".join(keys)
+    recipe = copied(trainer, source("adamw"), run)
+    overrides = [f"model.config.{name}={value}" for name, value in settings.pop("config", {}).items()]
+    overrides += [f"data.sequence_length={value}" for name, value in settings.items() if name == "sequence_length"]
+    overrides += [f"run.seed={value}" for name, value in settings.items() if name == "seed"]
+    before = snapshot(trainer.directory / run)
+    with pytest.raises(RecipeError) as caught:
+        prepare(recipe, overrides)
+    assert {problem.key for problem in caught.value.problems} <= set(keys)
+    assert caught.value.problems[0].key == keys[0]
+    assert f"step-{MIDDLE:08d} was written with" in str(caught.value)
+    assert trainer.train(recipe, *overrides) == [2, 2]
+    assert snapshot(trainer.directory / run) == before
+
+
+def test_other_shapes_than_the_config_tells_are_refused_at_the_start(
+    trainer: Trainer, source: Callable[..., Path]
+) -> None:
+    recipe = copied(trainer, source("adamw"), "other-n_inner")
+    before = snapshot(trainer.directory / "other-n_inner")
+    assert trainer.train(recipe, "model.config.n_inner=96") == [2, 2]
+    output = recipe.with_suffix(".out").read_text()
+    assert "transformer.h.0.mlp.c_fc.bias = (96,): step-00000010 holds (192,)" in output
+    assert snapshot(trainer.directory / "other-n_inner") == before
+
+
+def test_a_newer_format_is_refused(trainer: Trainer, source: Callable[..., Path]) -> None:
+    recipe = copied(trainer, source("adamw"), "newer")
+    changed_manifest(trainer.directory / "newer", MIDDLE, lambda manifest: manifest.update(version=99))
+    before = snapshot(trainer.directory / "newer")
+    assert trainer.train(recipe) == [2, 2]
+    assert f"format version 99, this trainer reads up to {layout.VERSION}" in recipe.with_suffix(".out").read_text()
+    assert snapshot(trainer.directory / "newer") == before
+
+
+def test_what_check_could_not_know_is_refused_at_the_start(trainer: Trainer, source: Callable[..., Path]) -> None:
+    """The newest checkpoint suits the recipe but is damaged; the one before it does not."""
+    recipe = copied(trainer, source("adamw"), "damaged", optimizer={"name": "lion"}, model=FROZEN)
+    trainer.check(trainer.train(recipe, "run.steps=12", "checkpoint.accept_changes=[optimizer, frozen]"), recipe)
+    shard = layout.step_directory(trainer.directory / "damaged", 12) / "rank-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    prepare(recipe)
+    before = snapshot(trainer.directory / "damaged")
+    for old in (False, True):
+        if old:
+            changed_manifest(trainer.directory / "damaged", MIDDLE, without_names)
+            before = snapshot(trainer.directory / "damaged")
+        recipe.with_suffix(".out").unlink()
+        assert trainer.train(recipe) == [2, 2]
+        output = recipe.with_suffix(".out").read_text()
+        assert "passing over damaged checkpoint step-00000012" in output
+        assert "optimizer.name = 'lion': step-00000010 holds the state of adamw" in output
+        assert "5 parameters (transformer.h.0.mlp.c_fc.bias" in output
+        assert snapshot(trainer.directory / "damaged") == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "world", "said"),
+    [
+        ({"deepspeed": {"base": "zero1"}}, 4, "of ZeRO-2 x 2 ranks as ZeRO-1 x 4 ranks"),
+        ({"deepspeed": {"base": "zero3"}}, 1, "of ZeRO-2 x 2 ranks as ZeRO-3 x 1 rank"),
+        (LAYOUTS["pipeline"], 4, "of ZeRO-2 x 2 ranks as ZeRO-1 x 4 ranks (pipeline 2)"),
+        (
+            {"model": {"dtype": "bfloat16"}, "deepspeed": {"base": "zero2"}},
+            2,
+            "in float32 as ZeRO-2 x 2 ranks in bfloat16",
+        ),
+    ],
+)
+def test_another_shape_is_accepted_and_said(
+    trainer: Trainer, source: Callable[..., Path], settings: dict[str, Any], world: int, said: str
+) -> None:
+    run = f"shape-{world}-{said[-12:].replace(' ', '-')}"
+    held = source("zero2", deepspeed={"base": "zero2"})
+    recipe = copied(trainer, held, run, **settings)
+    trainer.check(trainer.train(recipe, "run.steps=12", world=world), recipe)
+    lines = [line for line in recipe.with_suffix(".out").read_text().splitlines() if "resuming a checkpoint" in line]
+    assert len(lines) == 1
+    assert lines[0].endswith(said)
+
+
+def test_a_changed_recipe_is_shown_and_counts(trainer: Trainer, source: Callable[..., Path]) -> None:
+    recipe = copied(trainer, source("adamw"), "shown", optimizer={"learning_rate": 1e-3})
+    telemetry = ["run.name=another", "telemetry.log_every_steps=2"]
+    trainer.check(trainer.train(recipe, *telemetry), recipe)
+    output = recipe.with_suffix(".out").read_text().splitlines()
+    start = next(number for number, line in enumerate(output) if line.startswith("the recipe differs from that of"))
+    assert output[start + 1 : start + 5] == [
+        "  optimizer.learning_rate: 0.003 -> 0.001",
+        '  run.name: "resume" -> "another"',
+        f"  run.steps: {MIDDLE} -> {STEPS}",
+        output[start + 4],
+    ]
+    assert not output[start + 4].startswith("  ")
+    rates = [json.loads(line) for line in (trainer.directory / "shown" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in rates if "kind" not in line][-1] == 1e-3
+
+
+def test_an_unchanged_recipe_shows_nothing_and_a_long_difference_is_cut(
+    trainer: Trainer, source: Callable[..., Path]
+) -> None:
+    recipe = trainer.recipe("unchanged", dropout=0.0)
+    assert trainer.train(recipe, faults="train.step:*:13:kill") == [-9, -9]
+    many = ["optimizer.betas=[0.8,0.9]", "optimizer.epsilon=1e-7", "optimizer.weight_decay=0", "optimizer.clip_norm=2"]
+    many += [
+        "schedule.name=linear",
+        "schedule.warmup_steps=5",
+        "schedule.minimum_ratio=0",
+        "run.name=x",
+        "run.steps=21",
+    ]
+    many += ["data.workers=1", "checkpoint.keep_last=9", "checkpoint.every_steps=7", "evaluation.every_steps=6"]
+    copied(trainer, trainer.directory / "unchanged", "long", schedule={})
+    trainer.check(trainer.train(recipe), recipe)
+    assert "differs" not in recipe.with_suffix(".out").read_text()
+    long = trainer.directory / "long.yaml"
+    trainer.check(trainer.train(long, *many), long)
+    output = long.with_suffix(".out").read_text()
+    assert output.count(" -> ") == 11
+    assert "  and 2 more, in the log of rank 0" in output
+    log = (trainer.directory / "long" / "logs" / "rank-00000.log").read_text()
+    assert "recipe: schedule.warmup_steps: 0 -> 5" in log
+
+
+def test_other_libraries_are_said(trainer: Trainer, source: Callable[..., Path]) -> None:
+    recipe = copied(trainer, source("adamw"), "libraries")
+    libraries = {"trainer": "0.1.0", "torch": "1.13.1+cu117", "deepspeed": None}
+    changed_manifest(trainer.directory / "libraries", MIDDLE, lambda manifest: manifest.update(libraries=libraries))
+    trainer.check(trainer.train(recipe, "run.steps=11"), recipe)
+    assert f"other versions than the checkpoint's: torch 1.13.1+cu117 -> {torch.__version__.split('+')[0]}" in (
+        recipe.with_suffix(".out").read_text()
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_twice_from_one_checkpoint_is_the_same_whatever_reads_ahead(
+    trainer: Trainer, source: Callable[..., Path], workers: int
+) -> None:
+    """The checkpoint was saved right after an evaluation; dropout is on, so generators count too."""
+    straight = trainer.recipe("twice-straight")
+    if not (trainer.directory / "twice-straight").exists():
+        trainer.check(trainer.train(straight), straight)
+    for attempt in (1, 2):
+        run = f"twice-{workers}-{attempt}"
+        shutil.copytree(trainer.directory / "twice-straight", trainer.directory / run)
+        shutil.rmtree(layout.step_directory(trainer.directory / run, STEPS))
+        recipe = trainer.recipe(run, data={"workers": workers})
+        trainer.check(trainer.train(recipe), recipe)
+        assert trainer.metrics(run) == trainer.metrics("twice-straight")
+        expected, found = (tensors(trainer.directory / name, STEPS) for name in ("twice-straight", run))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
