@@ -20,6 +20,7 @@ from trainer.checkpoint.shard_file import Entry, write_shard
 from trainer.core import faults
 from trainer.core.durable import fsync_directory, replace_text, write_durably
 from trainer.core.errors import CheckpointError
+from trainer.core.private import directory_mode
 from trainer.engine.base import StateSlice
 from trainer.parallel.cut import Cut
 
@@ -53,7 +54,7 @@ class CheckpointWriter:
         self._keep_last = keep_last
         self._keep_every_steps = keep_every_steps
         if ranks.rank == 0:
-            layout.checkpoints_directory(run_directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+            layout.checkpoints_directory(run_directory).mkdir(mode=directory_mode(), parents=True, exist_ok=True)
             for leftover in layout.temporary_directories(run_directory):
                 shutil.rmtree(leftover, ignore_errors=True)
 
@@ -92,7 +93,7 @@ class CheckpointWriter:
     def _prepare(self, temporary: Path) -> None:
         if temporary.exists():
             shutil.rmtree(temporary)
-        temporary.mkdir(mode=0o700)
+        temporary.mkdir(mode=directory_mode())
 
     def _write_shard(self, temporary: Path, step: int, slices: Iterable[StateSlice]) -> _Shard:
         rank = self._ranks.rank

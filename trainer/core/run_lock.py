@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 from trainer.core.errors import Problem, RefusedError
+from trainer.core.private import file_mode
 
 
 def _path(run_directory: Path) -> Path:
@@ -47,7 +48,7 @@ class RunLock:
 
     def __init__(self, run_directory: Path) -> None:
         """Take the lock. Raises RefusedError if another process has it."""
-        self._descriptor = os.open(_path(run_directory), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._descriptor = os.open(_path(run_directory), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, file_mode())
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
