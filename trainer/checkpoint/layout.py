@@ -7,12 +7,16 @@ are regular files in the directory itself.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
+
+from trainer.core.errors import Problem, RefusedError
 
 FORMAT = "trainer-checkpoint"
 VERSION = 3
@@ -23,6 +27,8 @@ VERSION_WITHOUT_CUTS = 1
 VERSIONS = (VERSION_WITHOUT_CUTS, VERSION_WITH_CUTS, VERSION)
 MANIFEST_NAME = "manifest.json"
 POINTER_NAME = "latest"
+MANIFEST_BYTES = 2**29
+"""No more is read. A manifest of 1024 ranks and 1000 tensors has about a tenth of it."""
 
 _STEP_NAME = re.compile(r"step-([0-9]{8,18})")
 _TEMPORARY_NAME = re.compile(r"\.step-([0-9]{8,18})\.tmp-.+")
@@ -78,11 +84,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
     The version is left to the reader: a checkpoint of a newer version exists, and must be refused aloud.
     """
-    path = manifest_path(directory)
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            return None
-        manifest: object = json.loads(path.read_bytes())
+        manifest: object = json.loads(_manifest_bytes(manifest_path(directory)))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(manifest, dict):
@@ -92,6 +95,19 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if fields.get("format") != FORMAT or type(step) is not int or step != parse_step_name(directory.name):
         return None
     return fields
+
+
+def _manifest_bytes(path: Path) -> bytes:
+    """Return what is in a manifest. Raises OSError unless it is a regular file of at most MANIFEST_BYTES."""
+    # O_NONBLOCK: a FIFO of that name must not make us wait.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        if found.st_size > MANIFEST_BYTES:
+            raise OSError(errno.EFBIG, f"larger than {MANIFEST_BYTES} bytes")
+        return file.read(MANIFEST_BYTES)
 
 
 def file_facts(parts: Sequence[tuple[int, str]]) -> dict[str, Any]:
@@ -112,7 +128,7 @@ def file_parts(facts: object) -> list[tuple[int, str]] | None:
     parts: list[tuple[int, str]] = []
     for part in cast("list[object]", listed):
         match part:
-            case [int(num_bytes), str(digest)] if num_bytes >= 0 and _DIGEST.fullmatch(digest):
+            case [int(num_bytes), str(digest)] if _is_size(num_bytes) and _DIGEST.fullmatch(digest):
                 parts.append((num_bytes, digest))
             case _:
                 return None
@@ -130,6 +146,10 @@ def find_problems(directory: Path) -> list[str]:
         return ["not a directory"]
     manifest = read_manifest(directory)
     if manifest is None:
+        try:
+            _manifest_bytes(manifest_path(directory))
+        except OSError as error:
+            return [f"{MANIFEST_NAME} is missing or unreadable ({error.strerror})"]
         return [f"{MANIFEST_NAME} is missing, unreadable or of another step"]
     files: object = manifest.get("files")
     if not isinstance(files, dict) or not files:
@@ -180,10 +200,20 @@ def read_pointer(run_directory: Path) -> tuple[int, Path] | None:
 
 
 def _entries(run_directory: Path) -> list[Path]:
+    """Return what is in RUN/checkpoints. Raises RefusedError if that leads out of the run."""
+    directory = checkpoints_directory(run_directory)
     try:
-        return sorted(checkpoints_directory(run_directory).iterdir())
+        if directory.is_symlink() and not directory.resolve().is_relative_to(run_directory.resolve()):
+            rule = f"is a link out of the run, to {directory.resolve()}"
+            fix = "put the checkpoints there, or choose a run.directory that has room for them"
+            raise RefusedError(Problem("checkpoints", str(directory), rule, fix))
+        return sorted(directory.iterdir())
     except OSError:
         return []
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _file_problem(directory: Path, name: object, facts: object) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from trainer.checkpoint import layout, random_state
+from trainer.checkpoint.manifest_rules import refuse_unsound
 from trainer.checkpoint.sections import prefix_of
 from trainer.checkpoint.shard_file import ShardReader
 from trainer.checkpoint.writer import slice_key
@@ -32,6 +33,7 @@ class CheckpointReader:
                 f"{directory}: format version {manifest.get('version')!r}, this trainer reads {layout.VERSION}: "
                 "upgrade it"
             )
+        refuse_unsound(directory, manifest)
         self.directory = directory
         self.step: int = manifest["step"]
         self.world_size: int = manifest["world_size"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.preflight import checkpoint, data, environment, launch, model, optimizer, topology
+from trainer.preflight import checkpoint, data, environment, launch, model, optimizer, ownership, topology
 from trainer.preflight.facts import Rule
 
 RULES: tuple[Rule, ...] = (
@@ -11,6 +11,7 @@ RULES: tuple[Rule, ...] = (
     *data.RULES,
     *optimizer.RULES,
     *checkpoint.RULES,
+    *ownership.RULES,
     *launch.RULES,
     *environment.RULES,
 )
