@@ -50,7 +50,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     run = tmp_path_factory.mktemp("hostile") / "run"
     fields = dict(CONFIG)
-    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    config.dtype = "float32"
+    network = AutoModelForCausalLM.from_config(config)
     slices: list[StateSlice] = []
     for name, parameter in network.named_parameters():
         flat, shape = parameter.detach().flatten(), tuple(parameter.shape)
@@ -59,7 +61,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
         slices.append(StateSlice(name, "exp_avg", shape, 0, torch.zeros_like(flat), primary=True, cut=cut))
     facts = {
         "state": {"train": TrainState(step=3).to_json(), "identity": {"run.seed": 0, "data.sequence_length": 8}},
-        "model": {"config": config_to_dictionary(network.config), "dtype": "float32", "tokenizer": None},
+        "model": {"config": config_to_dictionary(config), "dtype": "float32", "tokenizer": None},
         "recipe": {"run": {"name": "x"}, "model": {"path": None}},
         "topology": {"world_size": 1},
         "libraries": {"torch": torch.__version__},
@@ -152,7 +154,7 @@ EDITS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
     "huge model": ("fit the model|config", lambda m: m["model"]["config"].update(hidden_size=2**24)),
     "kernel of a stranger": ("implementation", lambda m: m["model"]["config"].update(_attn_implementation="a/b")),
     "unknown family": ("config", lambda m: m["model"]["config"].update(model_type="../x")),
-    "deep recipe": ("recipe is nested", lambda m: m.update(recipe=json.loads("[" * 500 + "]" * 500))),
+    "deep recipe": ("recipe is nested", lambda m: m.update(recipe=json.loads('{"a":' * 500 + "1" + "}" * 500))),
     "ranks": ("world_size", lambda m: m.update(world_size=2**62)),
     "ranks without shards": ("shards", lambda m: m.update(world_size=2)),
     "shards not listed": ("shards", lambda m: m.update(shards=["x.safetensors"])),
@@ -225,7 +227,7 @@ def test_a_manifest_of_more_than_512_mb_is_not_read(run: Path) -> None:
     os.truncate(layout.manifest_path(step_of(run)), 2**29 + 1)
     with pytest.raises(CheckpointError, match=r"manifest\.json.*larger than 536870912 bytes"):
         load(run)
-    os.truncate(layout.manifest_path(step_of(run)), 2**45)
+    os.truncate(layout.manifest_path(step_of(run)), 2**40)
     assert layout.newest(run) is None
 
 
@@ -276,7 +278,7 @@ def test_a_shard_that_is_something_else(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     old_size = next(step_of(run).glob("*.safetensors")).stat().st_size
-    name = swap_shard(run, content.ljust(old_size) if content[:1] != b"\x80" and len(content) > 8000 else content)
+    name = swap_shard(run, content.ljust(old_size))
     with pytest.raises(CheckpointError, match=name):
         CheckpointReader(step_of(run)).whole(NORM)
     with pytest.raises(CheckpointError):

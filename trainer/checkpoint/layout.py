@@ -186,6 +186,7 @@ def read_pointer(run_directory: Path) -> tuple[int, Path] | None:
 
     A kill between commit and pointer leaves ``latest`` one checkpoint behind; a resume should ask :func:`newest`.
     """
+    _refuse_way_out(run_directory)
     try:
         with pointer_path(run_directory).open("rb") as file:
             name = file.read(_POINTER_BYTES).decode("ascii").strip()
@@ -201,15 +202,23 @@ def read_pointer(run_directory: Path) -> tuple[int, Path] | None:
 
 def _entries(run_directory: Path) -> list[Path]:
     """Return what is in RUN/checkpoints. Raises RefusedError if that leads out of the run."""
-    directory = checkpoints_directory(run_directory)
+    _refuse_way_out(run_directory)
     try:
-        if directory.is_symlink() and not directory.resolve().is_relative_to(run_directory.resolve()):
-            rule = f"is a link out of the run, to {directory.resolve()}"
-            fix = "put the checkpoints there, or choose a run.directory that has room for them"
-            raise RefusedError(Problem("checkpoints", str(directory), rule, fix))
-        return sorted(directory.iterdir())
+        return sorted(checkpoints_directory(run_directory).iterdir())
     except OSError:
         return []
+
+
+def _refuse_way_out(run_directory: Path) -> None:
+    """Raise RefusedError if RUN/checkpoints is a link that leads out of the run."""
+    directory = checkpoints_directory(run_directory)
+    try:
+        leads_out = directory.is_symlink() and not directory.resolve().is_relative_to(run_directory.resolve())
+    except (OSError, RuntimeError):  # it leads to itself
+        leads_out = True
+    if leads_out:
+        rule, fix = "is a link out of the run", "move them into the run, or name one with room for them"
+        raise RefusedError(Problem("checkpoints", str(directory), rule, fix))
 
 
 def _is_size(value: object) -> bool:
