@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from trainer.checkpoint import layout, random_state
+from trainer.checkpoint.sections import prefix_of
 from trainer.checkpoint.shard_file import ShardReader
 from trainer.checkpoint.writer import slice_key
 from trainer.core.errors import CheckpointError
@@ -25,7 +27,7 @@ class CheckpointReader:
             raise CheckpointError(f"{directory} is no complete checkpoint: " + "; ".join(problems))
         manifest = layout.read_manifest(directory)
         assert manifest is not None
-        if manifest.get("version") not in (layout.VERSION_WITHOUT_CUTS, layout.VERSION):
+        if manifest.get("version") not in layout.VERSIONS:
             raise CheckpointError(
                 f"{directory}: format version {manifest.get('version')!r}, this trainer reads {layout.VERSION}: "
                 "upgrade it"
@@ -39,7 +41,9 @@ class CheckpointReader:
         self._shards: list[str] = [name for name in manifest["shards"] if name in manifest["files"]]
         if self._shards != manifest["shards"]:
             raise CheckpointError(f"{directory}: the manifest names shards that it does not list")
-        self._open: dict[int, ShardReader] = {}
+        shared = Counter(self._shards)
+        self._prefixes = [prefix_of(rank) if shared[name] > 1 else "" for rank, name in enumerate(self._shards)]
+        self._open: dict[str, ShardReader] = {}
 
     def names(self) -> list[str]:
         """Return the names of all logical tensors."""
@@ -70,7 +74,8 @@ class CheckpointReader:
                 continue
             low, high = max(start, slice_start), min(start + count, slice_start + slice_count)
             if low < high:
-                piece = self._shard(index).read(slice_key(name, key), low - slice_start, high - low)
+                held_key = self._prefixes[index] + slice_key(name, key)
+                piece = self._shard(index).read(held_key, low - slice_start, high - low)
                 result[low - start : high - start] = piece
                 filled += high - low
         if filled != count:
@@ -99,11 +104,12 @@ class CheckpointReader:
 
     def random_states(self, rank: int) -> dict[str, torch.Tensor]:
         """Return what ``random_state.capture`` returned on ``rank``."""
-        shard = self._shard(rank)
-        keys = [key for key in shard.keys() if key.startswith(random_state.PREFIX)]  # noqa: SIM118 - not a mapping
-        return {key: shard.read(key, 0, 2**31) for key in keys}
+        shard, prefix = self._shard(rank), self._prefixes[rank]
+        keys = [key for key in shard.keys() if key.startswith(prefix + random_state.PREFIX)]  # noqa: SIM118 - no mapping
+        return {key.removeprefix(prefix): shard.read(key, 0, 2**31) for key in keys}
 
     def _shard(self, index: int) -> ShardReader:
-        if index not in self._open:
-            self._open[index] = ShardReader(self.directory / self._shards[index])
-        return self._open[index]
+        name = self._shards[index]
+        if name not in self._open:
+            self._open[name] = ShardReader(self.directory / name)
+        return self._open[name]

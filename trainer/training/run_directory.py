@@ -9,6 +9,7 @@ import platform
 import socket
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,16 @@ _PACKAGES = ("trainer", "torch", "deepspeed", "transformers", "tokenizers", "saf
 class RunDirectory:
     """Rank 0's hand on RUN/: claims it, writes down what runs, keeps status.json."""
 
-    def __init__(self, recipe: Recipe, deepspeed_json: dict[str, Any], world_size: int) -> None:
-        """Claim the directory, changing nothing in it. Raises RefusedError if another process is training in it."""
+    def __init__(
+        self, recipe: Recipe, deepspeed_json: dict[str, Any], world_size: int, say: Callable[[str], None] = print
+    ) -> None:
+        """Claim the directory, changing nothing in it. Raises RefusedError if another process is training in it.
+
+        ``say`` is told what became of a dead owner's lock.
+        """
         self.path = Path(recipe.run.directory)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock = RunLock(self.path)
+        self._lock = RunLock(self.path, say=say)
         self.attempt = 1 + max((int(p.name) for p in self.path.glob("attempts/[0-9]*") if p.name.isdigit()), default=0)
         self._status: dict[str, Any] = {"attempt": self.attempt, "restarts": self.attempt - 1}
         self._facts: dict[str, str] | None = {
@@ -67,6 +73,10 @@ class RunDirectory:
         for name, text in facts.items():
             replace_text(attempt / name, text)
             replace_text(self.path / name, text)
+
+    def still_mine(self) -> bool:
+        """Return whether no other start has taken the directory: nothing may be committed in it otherwise."""
+        return self._lock.still_mine()
 
     def release(self) -> None:
         """Let the next job in."""
