@@ -16,11 +16,11 @@ from torch import distributed
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trainer.checkpoint import layout, random_state
-from trainer.checkpoint.agreement import Ranks
 from trainer.checkpoint.export import kept_tokenizer, load_checkpoint_model
 from trainer.checkpoint.import_source import ForeignTensor, Source
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.writer import CheckpointWriter
+from trainer.config.checkpoint import CheckpointConfig
 from trainer.core.errors import CheckpointError, Problem, RefusedError
 from trainer.engine.base import StateSlice
 from trainer.models.config import config_to_dictionary
@@ -82,7 +82,8 @@ def write_run(
             "unpadded_vocabulary_size": None,
         }
         with _alone():
-            _write(temporary, source, {"state": {"train": state, "identity": {}}, "model": model})
+            facts = {"state": {"train": state, "identity": {}}, "model": model}
+            _write(temporary, source, facts | _provenance(source))
         reader = CheckpointReader(layout.step_directory(temporary, state["step"]))
         _refuse_different(reader, source)
         losses = _losses(reader, unfitted, config) if compare_loss else None
@@ -109,8 +110,11 @@ def _write(run_directory: Path, source: Source, facts: dict[str, Any]) -> None:
         StateSlice(name, key, tensor.shape, 0, _Piece(tensor, _stored_dtype(source, name, tensor)), primary=True)
         for name, key, tensor in source.tensors()
     ]
-    writer = CheckpointWriter(run_directory, Ranks(), attempt="0000", keep_last=1, keep_every_steps=None)
-    writer.write(step, slices, facts["state"], facts["model"])
+    settings = CheckpointConfig(asynchronous=False, files="rank")
+    saved = CheckpointWriter(run_directory, attempt="0000", settings=settings).save(step, slices, facts, wait=True)
+    assert saved is not None
+    if (wrong := saved.error or saved.warning) is not None:
+        raise CheckpointError(f"import given up, nothing was written: {wrong}")
 
 
 def _provenance(source: Source) -> dict[str, Any]:
