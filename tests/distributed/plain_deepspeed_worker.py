@@ -1,4 +1,4 @@
-"""Train tiny Hugging Face models with plain DeepSpeed and save them with its ``save_checkpoint``. Imports nothing of ours.
+"""Train tiny Hugging Face models with plain DeepSpeed and save them as it does. Imports nothing of ours.
 
 usage: plain_deepspeed_worker.py SPEC.json RESULT.json, as ranks over gloo
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from forked_runs import Trainer
 from ranks import TESTS, run_workers
 from safetensors.torch import load_file
+from tiny import write_tokenizer
 from typer.testing import CliRunner
 
 from trainer.checkpoint import layout
@@ -214,8 +216,44 @@ def test_damage_is_refused(made: Made, tmp_path: Path) -> None:
     (copy / "global_step3/aside").rename(second)
     second.write_bytes(second.read_bytes()[:5000])
     assert second.name in refused(copy, tmp_path)
-    (copy / "global_step3/layer_01-model_00-model_states.pt").write_bytes(b"")
-    assert "pipeline" in refused(copy, tmp_path)
+    for name, word in (("mp_rank_01_model_states.pt", "tensor"), ("layer_01-model_00-model_states.pt", "pipeline")):
+        (copy / "global_step3" / name).write_bytes(b"")
+        assert word in refused(copy, tmp_path)
+        (copy / "global_step3" / name).unlink()
+
+
+@pytest.mark.parametrize("case", ["zero0-bfloat16", "zero1-float32", "zero3-float32"])
+def test_whatever_a_file_says_is_refused_in_words_or_imported(made: Made, tmp_path: Path, case: str) -> None:
+    """One value of a file is replaced by another type, size or sign at a time."""
+    chosen = random.Random(case)
+    copy = tmp_path / "copy"
+    shutil.copytree(made.source(f"ranks-2/{case}"), copy)
+    shutil.copy(made.directory / f"ranks-2/{case}/config.json", copy)
+    ends: set[str] = set()
+    for number in range(40):
+        path = chosen.choice(sorted((copy / "global_step3").glob("*.pt")))
+        kept = path.read_bytes()
+        state = torch.load(path, weights_only=False)
+        spot, key = chosen.choice(list(spots(state)))
+        junk = chosen.choice([None, -1, 2**70, float("nan"), "text", [], {}, [[1]], torch.zeros(3), torch.zeros(2, 2)])
+        spot[key] = junk
+        torch.save(state, path)
+        try:
+            run_import(copy, tmp_path / f"run-{number}")
+            ends.add("imported")
+        except (RefusedError, CheckpointError) as error:
+            ends.add(type(error).__name__)
+        path.write_bytes(kept)
+    assert {"imported", "RefusedError"} <= ends
+
+
+def spots(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield every place of a nested value as a container that can be changed, and a key."""
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            if key != "ds_config":
+                yield value, key
+                yield from spots(part)
 
 
 def test_weights_that_are_not_the_rounded_masters_are_refused(made: Made, tmp_path: Path) -> None:
@@ -308,8 +346,11 @@ def test_hugging_face_weights(tmp_path: Path, dtype: torch.dtype, size: str) -> 
     model = hugging_face(tmp_path / "source", dtype, max_shard_size=size)
     sharded = (tmp_path / "source/model.safetensors.index.json").exists()
     assert sharded == (size == "20KB")
+    write_tokenizer(tmp_path / "tokenizer")
+    shutil.copytree(tmp_path / "tokenizer", tmp_path / "source", dirs_exist_ok=True)
     said = run_import(tmp_path / "source", tmp_path / "run")
     assert "weights only" in said
+    assert (tmp_path / "run/tokenizer/tokenizer.json").exists()
     reader = reader_of(tmp_path / "run")
     assert reader.model["dtype"] == str(dtype).removeprefix("torch.")
     assert sorted(reader.names()) == sorted(name for name, _ in model.named_parameters())

@@ -125,12 +125,12 @@ def _read_flat(model: Node, states: Sequence[Node], weights_only: bool) -> Sourc
     paddings = states[0].get("param_alignment_paddings")
     steps: list[int] = []
     for group, group_shapes in enumerate(shapes):
-        padding = [node.integer() for node in paddings.elements()[group].elements()] if paddings else None
+        padding = [node.integer() for node in paddings[group].elements()] if paddings else None
         places = places_of(group_shapes, lambda count: count, padding)
-        masters = [state["single_partition_of_fp32_groups"].elements()[group] for state in states]
+        masters = [state["single_partition_of_fp32_groups"][group] for state in states]
         found.weights.update(partitioned(places, masters))
         if not _round_robin(model):  # DeepSpeed's addresses are wrong then, its shapes are right
-            addresses = [state["param_slice_mappings"].elements()[group] for state in states]
+            addresses = [state["param_slice_mappings"][group] for state in states]
             refuse_other_addresses(places, masters, addresses)
         if weights_only:
             continue
@@ -154,12 +154,12 @@ def _read_flat(model: Node, states: Sequence[Node], weights_only: bool) -> Sourc
 def _entry(base: Node, group: int) -> tuple[Node, Node | None]:
     """Return state and settings of a group's partition: torch's state_dict, or a list of groups."""
     if isinstance(base.value, list):
-        return base.elements()[group], None
-    settings = base["param_groups"].elements()[group]
+        return base[group], None
+    settings = base["param_groups"][group]
     index = settings["params"].elements()
     if len(index) != 1:
         raise settings.unlike(f"has {len(index)} partitions")
-    return base["state"][index[0].value], settings
+    return base["state"][index[0].integer()], settings
 
 
 def _round_robin(model: Node) -> bool:
@@ -192,12 +192,12 @@ def _read_sharded(models: Sequence[Node], states: Sequence[Node], weights_only: 
     found = Source("", f"DeepSpeed ZeRO-3 of {world_size} ranks", {})
     inner = [state["optimizer_state_dict"] for state in states]
     settings = inner[0]["param_groups"].elements()
-    order = [index.value for group in settings for index in group["params"].elements()]
+    order = [index.integer() for group in settings for index in group["params"].elements()]
     shapes = models[0]["param_shapes"].elements()
     steps: list[int] = []
     for number, group_shapes in enumerate(shapes):
         places = places_of(group_shapes, lambda count: piece_length(count, world_size))
-        found.weights.update(sharded(places, [state["fp32_flat_groups"].elements()[number] for state in states]))
+        found.weights.update(sharded(places, [state["fp32_flat_groups"][number] for state in states]))
         if weights_only:
             continue
         if len(order) != len(shapes):

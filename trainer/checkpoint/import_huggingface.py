@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -33,7 +34,9 @@ def dtype_of(path: str) -> str:
         fields, _ = PretrainedConfig.get_config_dict(path, local_files_only=unreachable(path))
     except OSError as error:
         rule = f"has no config.json ({str(error).strip().splitlines()[0]})"
-        raise RefusedError(Problem("SOURCE", path, rule, "name a directory or id with --model"), "import refused") from error
+        raise RefusedError(
+            Problem("SOURCE", path, rule, "name a directory or id with --model"), "import refused"
+        ) from error
     said = str(fields.get("dtype") or fields.get("torch_dtype") or "")
     return "bfloat16" if said.removeprefix("torch.") == "bfloat16" else "float32"
 
@@ -44,7 +47,8 @@ def read_hugging_face(path: str, config: PretrainedConfig, dtype: str) -> Source
     Raises RefusedError if transformers can't load them as the model of ``config``, whole and without leftovers.
     """
     try:
-        network, info = AutoModelForCausalLM.from_pretrained(
+        # cast: with output_loading_info it returns a pair, which its annotation leaves out
+        network, info = cast("Any", AutoModelForCausalLM).from_pretrained(
             path,
             config=config,
             dtype=torch.float32,

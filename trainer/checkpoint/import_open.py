@@ -39,6 +39,12 @@ def open_source(source: str, model: str | None, tag: str | None, *, weights_only
     return read_hugging_face(source, hugging_face_config(section), dtype)
 
 
+def tokenizer_beside(model: str) -> str | None:
+    """Return the directory of a model's config if a tokenizer lies there too."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    return model if any((Path(model) / name).is_file() for name in names) else None
+
+
 def model_path(source: str, model: str | None) -> str:
     """Return the directory or id whose config.json is the model's. Raises RefusedError if none is found.
 

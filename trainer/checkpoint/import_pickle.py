@@ -83,7 +83,7 @@ class Node:
 
     def get(self, key: object) -> Node | None:
         """Return a part, None where it is missing or None."""
-        if not isinstance(self.value, dict | list):
+        if not isinstance(self.value, dict | list | tuple):
             raise self.unlike("has no parts")
         try:
             value = cast("Any", self.value)[key]
@@ -113,7 +113,7 @@ class Node:
     def integer(self) -> int:
         """Return a whole number, also of a tensor of one element."""
         value = self.value.item() if isinstance(self.value, torch.Tensor) and self.value.numel() == 1 else self.value
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63 or value % 1:
             raise self.unlike("is no number of anything")
         return int(value)
 

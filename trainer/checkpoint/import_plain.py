@@ -38,6 +38,8 @@ def read_plain(model: Node, *, weights_only: bool) -> Source:
     found.weights = {name: ForeignTensor.of(tensor) for name, tensor in weights.items()}
     optimizer = model.get("optimizer")
     if optimizer is None or (weights_only and optimizer.get("fp32_groups") is None):
+        if optimizer is not None and optimizer.get("fp32_groups_flat") is not None:
+            found.notes.append("its float32 masters lie flat, without names: the rounded weights were taken")
         return found
     _add_optimizer(found, optimizer, weights, weights_only)
     return found
@@ -46,7 +48,7 @@ def read_plain(model: Node, *, weights_only: bool) -> Source:
 def _add_optimizer(found: Source, optimizer: Node, weights: dict[str, torch.Tensor], weights_only: bool) -> None:
     inner = optimizer.get("optimizer_state_dict") or optimizer
     groups = inner["param_groups"].elements()
-    numbers = [[index.value for index in group["params"].elements()] for group in groups]
+    numbers = [[index.integer() for index in group["params"].elements()] for group in groups]
     state = dict(inner["state"].items())
     masters = optimizer.get("fp32_groups")
     if masters is not None:
@@ -86,9 +88,7 @@ def _by_value(masters: Sequence[torch.Tensor], weights: dict[str, torch.Tensor],
     left = dict(weights)
     names: list[str] = []
     for number, master in enumerate(masters):
-        fitting = [
-            name for name, w in left.items() if w.shape == master.shape and torch.equal(master.to(w.dtype), w)
-        ]
+        fitting = [name for name, w in left.items() if w.shape == master.shape and torch.equal(master.to(w.dtype), w)]
         if len(fitting) != 1:
             rule = f"master weight {number} equals {' and '.join(fitting) or 'none of the weights'}, rounded"
             raise RefusedError(Problem(f"{where.path.name}: {where.place}", None, rule, WEIGHTS_ONLY), "import refused")

@@ -21,6 +21,7 @@ from trainer.checkpoint.import_source import ForeignTensor, Source
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.checkpoint import CheckpointConfig
+from trainer.core.durable import fsync_directory
 from trainer.core.errors import CheckpointError, Problem, RefusedError
 from trainer.engine.base import StateSlice
 from trainer.models.config import config_to_dictionary
@@ -88,6 +89,7 @@ def write_run(
         _refuse_different(reader, source)
         losses = _losses(reader, unfitted, config) if compare_loss else None
         temporary.rename(output)
+        fsync_directory(output.absolute().parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return losses
@@ -96,7 +98,8 @@ def write_run(
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """Be a process group of one rank, for what ranks do together."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    store = distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage] - torch documents it as public
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield
     finally:
@@ -134,7 +137,9 @@ def _keep_tokenizer(path: str, run_directory: Path, config: PretrainedConfig) ->
     ids, rows = max(tokenizer.get_vocab().values()) + 1, config.get_text_config().vocab_size
     if ids > rows:
         rule = f"has {ids} ids, the model's embedding {rows} rows"
-        raise RefusedError(Problem("--tokenizer", path, rule, "give the one that belongs to the model"), "import refused")
+        raise RefusedError(
+            Problem("--tokenizer", path, rule, "give the one that belongs to the model"), "import refused"
+        )
     tokenizer.save_pretrained(kept_tokenizer(run_directory))
 
 
