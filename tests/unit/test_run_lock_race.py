@@ -1,4 +1,4 @@
-"""Starts at the same instant on one run directory: exactly one of 8 processes wins, with locks of the system and without.
+"""Starts at the same instant on one run directory: exactly one of 8 processes wins, with the system's locks or none.
 
 Not among the fast tests: 80 rounds.
 """

@@ -22,7 +22,6 @@ from types import TracebackType
 import numpy
 import torch
 import xxhash
-from safetensors import safe_open
 
 _DTYPES = {
     torch.float32: "F32",
@@ -223,27 +222,3 @@ def hash_file(path: Path, sizes: Sequence[int] | None = None) -> list[str]:
                 left -= len(chunk)
             found.append(digest.hexdigest())
     return found
-
-
-class ShardReader:
-    """Reads slices of one shard; only the pages asked for are touched."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = safe_open(str(path), framework="pt")
-        self._keys = set(self._file.keys())
-
-    def __enter__(self) -> ShardReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        del self._file
-
-    def keys(self) -> set[str]:
-        """Return the keys of the shard."""
-        return self._keys
-
-    def read(self, key: str, start: int, count: int) -> torch.Tensor:
-        """Return ``count`` elements of the flat tensor ``key`` from ``start``."""
-        return self._file.get_slice(key)[start : start + count]

@@ -69,6 +69,7 @@ def _train(
             recipe, derived, deepspeed_json, environment,
             attempt=directory.attempt if directory else 0,
             open_sinks=open_sinks, say=say, stop_requested=lambda: stop.received is not None,
+            may_commit=directory.refuse_if_taken_over if directory else lambda: None,
         )  # fmt: skip
         try:
             outcome = train(parts)

@@ -17,6 +17,7 @@ from typing import Any
 from trainer.config.load import recipe_to_yaml
 from trainer.config.run import Recipe
 from trainer.core.durable import replace_text
+from trainer.core.errors import CheckpointError
 from trainer.core.run_lock import RunLock
 from trainer.core.status_file import write_status
 
@@ -77,6 +78,11 @@ class RunDirectory:
     def still_mine(self) -> bool:
         """Return whether no other start has taken the directory: nothing may be committed in it otherwise."""
         return self._lock.still_mine()
+
+    def refuse_if_taken_over(self) -> None:
+        """Raise CheckpointError if another job trains here now: this one was thought dead."""
+        if not self._lock.still_mine():
+            raise CheckpointError(f"another job has taken over {self.path}: this one may not commit any more")
 
     def release(self) -> None:
         """Let the next job in."""
