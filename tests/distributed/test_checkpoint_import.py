@@ -47,10 +47,16 @@ CASES: dict[str, dict[str, Any]] = {
         "stage": 1, "dtype": "bfloat16", "config": LLAMA, "frozen": FROZEN,
         "settings": {"data_types": {"grad_accum_dtype": "fp32"}},
     },
+    "elastic": {"stage": 1, "dtype": "float32", "config": LLAMA, "zero": {"elastic_checkpoint": True}},
     "zero2-float32": {"stage": 2, "dtype": "float32", "config": LLAMA},
     "zero2-bfloat16": {"stage": 2, "dtype": "bfloat16", "config": TIED, "frozen": FROZEN},
     "zero3-float32": {"stage": 3, "dtype": "float32", "config": TIED, "zero": {"sub_group_size": 900}},
     "zero3-bfloat16": {"stage": 3, "dtype": "bfloat16", "config": LLAMA, "frozen": FROZEN},
+    "zero3-offload": {
+        "stage": 3, "dtype": "bfloat16", "config": LLAMA,
+        "zero": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+        "settings": {"zero_force_ds_cpu_optimizer": False},
+    },
 }  # fmt: skip
 THREE_RANKS = {name: CASES[name] for name in ("zero2-bfloat16", "zero3-float32")}
 

@@ -1,7 +1,7 @@
 """Read a checkpoint of DeepSpeed's ``engine.save_checkpoint`` by its files alone; DeepSpeed is not imported.
 
-Every file is mapped, and one parameter at a time is put together when it is written: memory is that of the largest
-parameter, whatever the number of ranks. No script of the checkpoint is run.
+Every file is mapped, and one parameter at a time is put together when it is written: memory is a few times that of the
+largest parameter, whatever the number of ranks. No script of the checkpoint is run.
 """
 
 from __future__ import annotations
