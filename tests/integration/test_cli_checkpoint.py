@@ -148,6 +148,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: edit_manifest(run, 8, lambda manifest: manifest.update(step=7)),
         r"manifest\.json: is that of step 7",
     ),
+    "flipped manifest": (
+        lambda run: layout.manifest_path(step_of(run, 8)).write_bytes(
+            layout.manifest_path(step_of(run, 8)).read_bytes().replace(b'"tokens":', b'"tokenz":', 1)
+        ),
+        r"manifest\.json: changed \(the hash that it holds of itself is another\)",
+    ),
+    "no counter": (
+        lambda run: edit_manifest(run, 8, lambda manifest: manifest["state"]["train"].update(tokens=-1)),
+        r"manifest\.json: state\.train\.tokens is '-1', no count",
+    ),
     "gap": (
         lambda run: edit_manifest(run, 8, lambda manifest: slices(manifest)[-1].__setitem__(2, 1000)),
         r"lm_head\.weight weight: elements 1,000\.\.16,383 are in no shard",

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from trainer.checkpoint import layout, random_state
 from trainer.checkpoint.coverage import coverage_problems
+from trainer.checkpoint.manifest_rules import unsound
 from trainer.checkpoint.sections import prefix_of
 from trainer.checkpoint.shard_file import hash_file
 from trainer.checkpoint.shard_reader import ShardReader
@@ -64,7 +65,9 @@ def examine(directory: Path, known: Known | None = None) -> list[Finding]:
         if not problems:
             sound.add(name)
     covered = [Finding("coverage", text) for text in coverage_problems(manifest)]
-    if not covered:
+    if not covered and not any(finding.kind == "manifest" for finding in found):
+        if (untrue := unsound(manifest)) is not None:
+            return [*found, Finding("manifest", f"{layout.MANIFEST_NAME}: {untrue}")]
         found += [Finding("header", text) for text in _header_problems(directory, manifest, sound)]
     return found + covered + _foreign(directory, manifest, known or {})
 
@@ -106,6 +109,8 @@ def _manifest_problem(directory: Path) -> str:
         return f"{name}: {len(content):,} bytes that are no JSON (cut off or garbled): {lost}"
     step = manifest.get("step") if isinstance(manifest, dict) else None
     if isinstance(manifest, dict) and manifest.get("format") == layout.FORMAT and type(step) is int:
+        if step == layout.parse_step_name(directory.name):
+            return f"{name}: changed (the hash that it holds of itself is another): {lost}"
         return f"{name}: is that of step {step}"
     return f"{name}: is no manifest of this trainer"
 

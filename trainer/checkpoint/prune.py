@@ -50,17 +50,15 @@ def plan_prune(
     every = keep_every or _number(recipe_setting(recipe, "checkpoint", "keep_every_steps"))
     read: set[int] = set()
     while True:
-        sound = [step for step, found in held.items() if step not in damaged]
-        doomed = to_delete(sound, last, every, [step for step in sound if held[step].newer])
-        kept = [step for step in sound if step not in doomed]
-        unread = [step for step in reversed(kept) if step not in read and not held[step].newer]
+        sound = [step for step, found in held.items() if found.complete and step not in damaged]
+        doomed = to_delete(sound, last, every)
+        unread = [step for step in reversed(sound) if step not in doomed and step not in read]
         if not unread:
             break
         read.add(unread[0])
         if problems := damage(held[unread[0]].directory):
             damaged[unread[0]] = problems[0]
-    if not any(held[step].complete for step in kept):
-        doomed = []  # nothing that this trainer can read would be left
+    kept = [step for step in held if step not in damaged and step not in doomed]
     return Pruning(last, every, tuple(held[step] for step in doomed), tuple(kept), tuple(sorted(damaged.items())))
 
 

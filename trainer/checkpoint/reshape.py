@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import socket
 import time
@@ -106,7 +105,7 @@ def reshape(reader: CheckpointReader, output: Path, wanted: Reshaping) -> Reshap
     holdings = [_holding(_parts(reader, states, wanted, rank), extras[rank]) for rank in ranks]
     plan = make_plan(holdings, "rank")
     _refuse_short_of_space(output, plan)
-    made, umask = _first_missing(output), os.umask(0o077)
+    made = _first_missing(output)
     commit = Commit(output, "reshape", CheckpointConfig(), lambda: None)
     try:
         commit.reap()
@@ -126,8 +125,6 @@ def reshape(reader: CheckpointReader, output: Path, wanted: Reshaping) -> Reshap
         if layout.newest(output) is None:
             shutil.rmtree(made, ignore_errors=True)
         raise
-    finally:
-        os.umask(umask)
     seconds = time.perf_counter() - started
     return Reshaped(commit.directory(reader.step), sum(size for size, _ in written), seconds, any(extras))
 

@@ -1,4 +1,4 @@
-"""``trainer checkpoint list|verify|repair|diff|prune|reshape``."""
+"""``trainer checkpoint list|verify|repair|diff|prune|reshape|import``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from trainer.cli.checkpoint_import import import_checkpoint
+
 app = typer.Typer(help="Look after the checkpoints of a run.", no_args_is_help=True)
+app.command("import")(import_checkpoint)
 _RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.", show_default=False)]
 _Step = Annotated[int | None, typer.Option(metavar="N", help="Only this one.", show_default=False)]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")]
@@ -63,6 +66,7 @@ def verify(
 def repair(run_directory: _RunDirectory, dry_run: _DryRun = False) -> None:
     """Mend what can be mended: leftovers, the pointer, modes. Damaged checkpoints are moved aside, never deleted."""
     from trainer.checkpoint.repair import plan_repair
+    from trainer.core.private import private_like
     from trainer.core.run_lock import RunLock, refuse_if_held
 
     _refuse_no_directory(run_directory)
@@ -72,7 +76,8 @@ def repair(run_directory: _RunDirectory, dry_run: _DryRun = False) -> None:
         treatment = plan_repair(run_directory)
         for action in treatment.actions:
             if not dry_run:
-                action.do()
+                with private_like(run_directory):
+                    action.do()
             typer.echo(("would do: " if dry_run else "") + action.text)
     finally:
         if lock is not None:
@@ -163,12 +168,14 @@ def reshape(
 
     from trainer.checkpoint.reshape import Reshaping, open_source, refuse_bad_request
     from trainer.checkpoint.reshape import reshape as write
+    from trainer.core.private import private_like
     from trainer.core.units import format_bytes
 
     refuse_bad_request(ranks, weights_only, dtype)
     reader = open_source(run_directory, step, output)
     wanted = Reshaping(ranks or reader.world_size, weights_only, getattr(torch, dtype) if dtype else None)
-    done = write(reader, output, wanted)
+    with private_like(run_directory):
+        done = write(reader, output, wanted)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     what = "weights" if weights_only else "tensors"
     generators = "" if done.generators else ", random generators left out"
