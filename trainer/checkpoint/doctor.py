@@ -147,7 +147,7 @@ def _file_problems(
         if digest in known:
             found.append(Finding("contents", f"{name}: is {known[digest]}"))
         else:
-            rule = f"{name}: {where} changed (xxh3_64 {digest}, the manifest says {expected})"
+            rule = f"{name}: {where} changed (xxh3_64 {digest}, not {expected})"
             found.append(Finding("contents", rule))
     return found
 

@@ -113,7 +113,9 @@ def is_newer(manifest: Mapping[str, Any]) -> bool:
 
 
 def _all_held(run_directory: Path) -> tuple[Held, ...]:
-    manifests = {step: layout.read_manifest(path) or {} for step, path in every_step_directory(run_directory)}
+    manifests: dict[int, dict[str, Any]] = {
+        step: layout.read_manifest(path) or {} for step, path in every_step_directory(run_directory)
+    }
     best = _best_step(manifests)
     return tuple(
         _held(step, path, manifests[step], step == best)
@@ -124,7 +126,10 @@ def _all_held(run_directory: Path) -> tuple[Held, ...]:
 
 def _best_step(manifests: Mapping[int, Mapping[str, Any]]) -> int | None:
     """Return the step of the best evaluation, as the newest readable manifest knows it; None: the run keeps none."""
-    newest = next((manifests[step] for step in sorted(manifests, reverse=True) if manifests[step]), {})
+    readable = [step for step in manifests if manifests[step]]
+    if not readable:
+        return None
+    newest = manifests[max(readable)]
     best: object = mapping(mapping(mapping(newest.get("state")).get("train")).get("best")).get("step")
     return best if type(best) is int and recipe_setting(newest, "checkpoint", "keep_best") is True else None
 
