@@ -58,7 +58,7 @@ class Trainer:
             },
             "batch": {"global_size": 8, "micro_size": 2},
             "optimizer": {"learning_rate": 3e-3},
-            "checkpoint": {"every_steps": 10, "keep_last": 5},
+            "checkpoint": {"every_steps": 10, "keep_last": 5, "asynchronous": False},
             "evaluation": {"every_steps": 5},
             "telemetry": {"tensorboard": False},
             "launch": {"processes": 2},

@@ -95,7 +95,7 @@ def recipe(**sections: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer": {"learning_rate": 1.0e-3},
         # Constant: a run whose steps are raised later must compute what a run planned that long computes.
         "schedule": {"name": "constant"},
-        "checkpoint": {"every_steps": 4},
+        "checkpoint": {"every_steps": 4, "asynchronous": False},
         "evaluation": {"every_steps": 4, "batches": VALIDATION_BATCHES},
         "launch": {"processes": 2},
     }

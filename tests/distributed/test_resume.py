@@ -147,7 +147,7 @@ def test_a_kill_during_a_save_loses_nothing_that_was_committed(trainer: Trainer,
 def test_a_failed_save_is_reported_and_training_goes_on(trainer: Trainer) -> None:
     recipe = trainer.recipe("full-disk", checkpoint={"every_steps": 5})
     trainer.check(trainer.train(recipe, faults="checkpoint.before_shard:1:10:enospc"), recipe)
-    assert "rank 1: [Errno 28]" in recipe.with_suffix(".out").read_text()
+    assert "rank 1: rank-00001.safetensors: [Errno 28]" in recipe.with_suffix(".out").read_text()
     held = sorted(path.name for path in (trainer.directory / "full-disk" / "checkpoints").glob("step-*"))
     assert held == ["step-00000005", "step-00000015", "step-00000020"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import distributed
 
 from trainer.checkpoint import layout
-from trainer.checkpoint.agreement import Ranks
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.writer import CheckpointWriter
+from trainer.config.checkpoint import CheckpointConfig
 from trainer.core.errors import CheckpointError
 from trainer.engine.base import StateSlice
 from trainer.parallel.cut import Cut
@@ -49,18 +49,25 @@ def test_a_dim_that_does_not_divide_is_refused() -> None:
         Cut(1, 0, 5).take(WHOLE)
 
 
+def saved(writer: CheckpointWriter, piece: StateSlice) -> Path:
+    done = writer.save(1, [piece], {"state": {}, "model": {}}, wait=True)
+    assert done is not None
+    assert done.error is None
+    return done.directory
+
+
 def written(tmp_path: Path, cut: Cut) -> CheckpointReader:
     """A checkpoint that holds one part of WHOLE."""
-    writer = CheckpointWriter(tmp_path, Ranks(), attempt="0001", keep_last=9, keep_every_steps=None)
+    writer = CheckpointWriter(tmp_path, attempt="0001", settings=CheckpointConfig(keep_last=9))
     part = StateSlice("w", "weight", (4, 12), 0, cut.take(WHOLE).view(-1), primary=True, cut=cut)
-    return CheckpointReader(writer.write(1, [part], {"state": {}, "model": {}}))
+    return CheckpointReader(saved(writer, part))
 
 
 def test_a_part_is_read_as_it_is_held_or_out_of_the_whole(tmp_path: Path) -> None:
     cut = Cut(1, 1, 2, 3)
     reader = written(tmp_path, cut)
     assert reader.read("w", "weight", 2, 5, cut).tolist() == cut.take(WHOLE).flatten()[2:7].tolist()
-    assert layout.read_manifest(reader.directory)["version"] == layout.VERSION  # type: ignore[index]
+    assert layout.read_manifest(reader.directory)["version"] == layout.VERSION_WITH_CUTS  # type: ignore[index]
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
@@ -70,10 +77,8 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
 
 
 def test_whole_tensors_are_written_as_older_trainers_read_them(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, Ranks(), attempt="0001", keep_last=9, keep_every_steps=None)
-    path = writer.write(
-        1, [StateSlice("w", "weight", (4, 12), 0, WHOLE.view(-1), primary=True)], {"state": {}, "model": {}}
-    )
+    writer = CheckpointWriter(tmp_path, attempt="0001", settings=CheckpointConfig(keep_last=9))
+    path = saved(writer, StateSlice("w", "weight", (4, 12), 0, WHOLE.view(-1), primary=True))
     assert layout.read_manifest(path)["version"] == layout.VERSION_WITHOUT_CUTS  # type: ignore[index]
     cut = Cut(1, 1, 2)
     assert torch.equal(CheckpointReader(path).read("w", "weight", 0, 24, cut).view(4, 6), cut.take(WHOLE))

@@ -10,6 +10,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from trainer.config.run import Recipe
+from trainer.core.redact import redacted
 
 _OWN = ("run.directory", "telemetry.", "launch.", "checkpoint.accept_change")
 """Keys that say nothing about what is trained."""
@@ -27,7 +28,8 @@ def recipe_differences(stored: object, recipe: Recipe) -> list[str]:
     before = cast("dict[str, Any]", stored)
     with contextlib.suppress(ValidationError):  # of another version of the trainer: compared as it stands
         before = Recipe.model_validate(before).model_dump(mode="json")
-    then, now = dict(_leaves(before, "")), dict(_leaves(recipe.model_dump(mode="json"), ""))
+    after = redacted(recipe.model_dump(mode="json"))  # as the stored one was
+    then, now = dict(_leaves(before, "")), dict(_leaves(after, ""))
     return [
         f"{key}: {_shown(then, key)} -> {_shown(now, key)}"
         for key in sorted(then.keys() | now.keys())

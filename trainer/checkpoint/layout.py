@@ -10,13 +10,17 @@ from __future__ import annotations
 import json
 import re
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 FORMAT = "trainer-checkpoint"
-VERSION = 2
+VERSION = 3
+VERSION_WITH_CUTS = 2
+"""What is written where each rank has a file of its own: older trainers read it."""
 VERSION_WITHOUT_CUTS = 1
-"""What is written where no tensor is divided along a dim: older trainers read it."""
+"""What is written where moreover no tensor is divided along a dim."""
+VERSIONS = (VERSION_WITHOUT_CUTS, VERSION_WITH_CUTS, VERSION)
 MANIFEST_NAME = "manifest.json"
 POINTER_NAME = "latest"
 
@@ -90,6 +94,31 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return fields
 
 
+def file_facts(parts: Sequence[tuple[int, str]]) -> dict[str, Any]:
+    """Return what a manifest says of a file that consists of ``parts``, each (bytes, xxh3_64)."""
+    if len(parts) == 1:
+        return {"bytes": parts[0][0], "xxh3_64": parts[0][1]}
+    return {"bytes": sum(num_bytes for num_bytes, _ in parts), "parts": [list(part) for part in parts]}
+
+
+def file_parts(facts: object) -> list[tuple[int, str]] | None:
+    """Return (bytes, xxh3_64) of the consecutive parts of a file, None if ``facts`` are none."""
+    if not isinstance(facts, dict):
+        return None
+    fields = cast("dict[str, object]", facts)
+    listed: object = fields.get("parts", [[fields.get("bytes"), fields.get("xxh3_64")]])
+    if not isinstance(listed, list) or not listed:
+        return None
+    parts: list[tuple[int, str]] = []
+    for part in cast("list[object]", listed):
+        match part:
+            case [int(num_bytes), str(digest)] if num_bytes >= 0 and _DIGEST.fullmatch(digest):
+                parts.append((num_bytes, digest))
+            case _:
+                return None
+    return parts if sum(num_bytes for num_bytes, _ in parts) == fields.get("bytes") else None
+
+
 def is_file_name(name: object) -> bool:
     """Return whether a manifest may list ``name``: a plain file name that isn't the manifest's own."""
     return isinstance(name, str) and _FILE_NAME.fullmatch(name) is not None and name != MANIFEST_NAME
@@ -160,14 +189,10 @@ def _entries(run_directory: Path) -> list[Path]:
 def _file_problem(directory: Path, name: object, facts: object) -> str | None:
     if not is_file_name(name):
         return f"{name!r} is no plain file name"
-    if not isinstance(facts, dict):
-        return f"{name}: no size in the manifest"
-    fields = cast("dict[str, object]", facts)
-    size, digest = fields.get("bytes"), fields.get("xxh3_64")
-    if type(size) is not int or size < 0:
-        return f"{name}: no size in the manifest"
-    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-        return f"{name}: no xxh3_64 in the manifest"
+    parts = file_parts(facts)
+    if parts is None:
+        return f"{name}: no sizes and hashes in the manifest"
+    size = sum(num_bytes for num_bytes, _ in parts)
     try:
         found = (directory / str(name)).lstat()
     except OSError as error:

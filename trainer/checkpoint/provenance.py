@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from trainer.config.run import Recipe
+from trainer.core.redact import redacted
 from trainer.parallel.topology import Topology
 
 LIBRARIES = ("trainer", "torch", "deepspeed", "transformers")
@@ -20,7 +21,7 @@ def provenance(
     recipe: Recipe, mesh: Topology, zero_stage: int, num_nodes: int, parameters: Iterable[str]
 ) -> dict[str, Any]:
     """Return the manifest's fields about topology, libraries, recipe, optimizer and frozen ``parameters``."""
-    resolved = recipe.model_dump(mode="json")
+    resolved = redacted(recipe.model_dump(mode="json"))
     return {
         "topology": {**topology_facts(mesh, recipe.parallel.expert, zero_stage), "nodes": num_nodes},
         "libraries": library_versions(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -19,7 +20,8 @@ def capture() -> dict[str, torch.Tensor]:
     assert (version, name) == (3, "MT19937")
     states = {
         "python": torch.tensor([*internal], dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        # NaN: none is kept. The size is always the same, so that buffers for it can be made beforehand.
+        "python_gauss": torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64),
         "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
         "torch": torch.get_rng_state(),
@@ -32,8 +34,8 @@ def capture() -> dict[str, torch.Tensor]:
 def restore(states: dict[str, torch.Tensor]) -> None:
     """Set every generator to what `capture` returned; a state of a device that is absent here is passed over."""
     get = {key.removeprefix(PREFIX): value for key, value in states.items()}
-    gauss = get["python_gauss"].tolist()
-    random.setstate((3, tuple(get["python"].tolist()), gauss[0] if gauss else None))
+    gauss = next((value for value in get["python_gauss"].tolist() if not math.isnan(value)), None)
+    random.setstate((3, tuple(get["python"].tolist()), gauss))
     *keys, position, has_gauss = get["numpy"].tolist()
     numpy.random.set_state(
         ("MT19937", numpy.array(keys, dtype=numpy.uint32), position, has_gauss, get["numpy_gauss"].item())

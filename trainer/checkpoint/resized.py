@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -35,6 +36,17 @@ class ResizedReader:
         own = self._own_shapes.get(name, held)
         if own == held and own == (wanted or held):
             return self._reader.read(name, key, start, count, cut)
-        rows = self._reader.whole(name, key)[: own[0]]
+        first = _first_of_rows(wanted or own, start, cut)
+        if first is not None and first + count <= math.prod(own):  # no row of these is padding or new
+            return self._reader.read(name, key, first, count)
+        rows = self._reader.read(name, key, 0, math.prod(own)).view(own)
         whole = with_rows(rows, wanted or own, self._num_new)
         return (cut.take(whole) if cut else whole).flatten()[start : start + count]
+
+
+def _first_of_rows(shape: tuple[int, ...], start: int, cut: Cut | None) -> int | None:
+    """Return where a range of a part begins in the whole tensor, None if the part is not rows in one piece."""
+    if cut is None:
+        return start
+    whole_rows = cut.dim == 0 and cut.chunks == 1
+    return cut.part * math.prod(cut.part_shape(shape)) + start if whole_rows else None

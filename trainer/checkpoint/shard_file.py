@@ -1,21 +1,27 @@
-"""One rank's shard: a safetensors file of flat slices, written in one pass and hashed while it is written.
+"""A file of flat tensors in safetensors' format, written by one rank or by those of a node, each its own section.
 
-The format is safetensors' own (8-byte header length, JSON header, raw little-endian data), so any tool opens it. It is
-written here because the library wants every tensor as bytes in memory first.
+The format is an 8-byte header length, a JSON header and raw little-endian data, so any tool opens it. It is written
+here because the library wants every tensor as bytes in memory first, and one writer a file. Sections begin at multiples
+of 4096 bytes and are written past the page cache where the file system can, which costs hardly any processor time
+(docs/benchmarks.md).
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
+import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import numpy
 import torch
 import xxhash
-from safetensors import safe_open
 
 _DTYPES = {
     torch.float32: "F32",
@@ -28,7 +34,9 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_CHUNK_BYTES = 16 * 2**20
+ALIGNMENT = 4096
+"""What direct writes need of places, lengths and memory, on every common device."""
+CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -45,62 +53,172 @@ class Entry:
         """Return the entry of a tensor in memory."""
         return cls(key, tensor.dtype, tensor.numel(), lambda: tensor)
 
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """Key, dtype as safetensors calls it, and number of elements."""
+        return self.key, _DTYPES[self.dtype], self.count
 
-def write_shard(path: Path, entries: Sequence[Entry]) -> tuple[int, str]:
-    """Write flat tensors under unique keys, fsync, and return (bytes, xxh3_64 hex). Raises OSError."""
-    header: dict[str, object] = {}
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of data."""
+        return self.count * self.dtype.itemsize
+
+    def bytes(self) -> torch.Tensor:
+        """Return the data, uint8 [num_bytes], on the device it lies on."""
+        return self.read().detach().contiguous().view(torch.uint8)
+
+
+def padded(num_bytes: int) -> int:
+    """Return ``num_bytes`` rounded up to whole blocks."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def header_of(places: Sequence[tuple[str, str, int]]) -> bytes:
+    """Return the header of tensors that follow each other, with spaces up to a whole block."""
+    sizes = {name: dtype.itemsize for dtype, name in _DTYPES.items()}
+    fields: dict[str, object] = {}
     offset = 0
-    for entry in entries:
-        end = offset + entry.count * entry.dtype.itemsize
-        header[entry.key] = {"dtype": _DTYPES[entry.dtype], "shape": [entry.count], "data_offsets": [offset, end]}
+    for key, dtype, count in places:
+        end = offset + count * sizes[dtype]
+        fields[key] = {"dtype": dtype, "shape": [count], "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = xxhash.xxh3_64()
-    with path.open("xb") as file:
-        for block in (len(text).to_bytes(8, "little"), text):
-            digest.update(block)
-            file.write(block)
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (padded(8 + len(text)) - 8 - len(text))
+    return len(text).to_bytes(8, "little") + text
+
+
+class Image:
+    """A section in memory, as it will lie in the file: kept from save to save."""
+
+    def __init__(self, header: bytes, entries: Sequence[Entry], pinned: bool) -> None:
+        """Allocate and touch the memory, so that no save pays for it. Raises MemoryError or OSError."""
+        self.num_bytes = len(header) + sum(entry.num_bytes for entry in entries)
+        size = max(ALIGNMENT, padded(self.num_bytes))
+        # Both kinds of memory begin at a page.
+        self._bytes = (
+            torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            if pinned
+            else torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        )
+        self._bytes.zero_()
+        self._bytes.numpy()[: len(header)] = numpy.frombuffer(header, dtype=numpy.uint8)
+        self._start = len(header)
+
+    def fill(self, entries: Sequence[Entry]) -> None:
+        """Copy the tensors; they may change again when this returns."""
+        offset = self._start
         for entry in entries:
-            flat = entry.read().detach().cpu().contiguous().view(torch.uint8).numpy().data
-            for start in range(0, len(flat), _CHUNK_BYTES):
-                chunk = flat[start : start + _CHUNK_BYTES]
-                digest.update(chunk)
-                file.write(chunk)
-        size = file.tell()
-        file.flush()
-        os.fsync(file.fileno())
-    return size, digest.hexdigest()
+            end = offset + entry.num_bytes
+            self._bytes[offset:end].copy_(entry.bytes(), non_blocking=True)
+            offset = end
+        if self._bytes.is_pinned():
+            torch.cuda.synchronize()
+
+    def chunks(self) -> Iterator[tuple[memoryview, int]]:
+        """Yield (whole blocks, bytes of them that count)."""
+        view = self._bytes.numpy().data
+        for start in range(0, self.num_bytes, CHUNK_BYTES):
+            count = min(CHUNK_BYTES, self.num_bytes - start)
+            yield view[start : start + padded(count)], count
 
 
-def hash_file(path: Path) -> str:
-    """Return the xxh3_64 of a file's contents. Raises OSError."""
+def streamed(header: bytes, entries: Sequence[Entry]) -> Iterator[tuple[memoryview, int]]:
+    """Yield (whole blocks, bytes of them that count) of a section that is never in memory as a whole."""
+    buffer = torch.frombuffer(mmap.mmap(-1, CHUNK_BYTES), dtype=torch.uint8)
+    view, filled = buffer.numpy().data, 0
+
+    def pieces() -> Iterator[torch.Tensor]:
+        yield torch.from_numpy(numpy.frombuffer(bytearray(header), dtype=numpy.uint8))
+        for entry in entries:
+            yield entry.bytes()
+
+    for piece in pieces():
+        start = 0
+        while start < len(piece):
+            count = min(len(piece) - start, CHUNK_BYTES - filled)
+            buffer[filled : filled + count].copy_(piece[start : start + count])
+            start, filled = start + count, filled + count
+            if filled == CHUNK_BYTES:
+                yield view, filled
+                filled = 0
+    if filled:
+        yield view[: padded(filled)], filled
+
+
+def write_section(
+    path: Path, start: int, chunks: Iterator[tuple[memoryview, int]], after_chunk: Callable[[], None]
+) -> tuple[int, str]:
+    """Write a section of a file from byte ``start``, fsync, and return (bytes, xxh3_64 hex). Raises OSError.
+
+    Every chunk but the last fills whole blocks. ``after_chunk`` is called after each.
+    """
     digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+    position = start
+    with _File(path) as file:
+        for blocks, count in chunks:
+            digest.update(blocks[:count])
+            file.write(blocks, position)
+            position += count
+            after_chunk()
+        file.finish(position)
+    return position - start, digest.hexdigest()
 
 
-class ShardReader:
-    """Reads slices of one shard; only the pages asked for are touched."""
+class _File:
+    """Writes whole blocks, past the page cache if the file system lets it."""
 
     def __init__(self, path: Path) -> None:
-        self._file = safe_open(str(path), framework="pt")
-        self._keys = set(self._file.keys())
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            self._descriptor = os.open(path, flags | os.O_DIRECT, 0o600)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._descriptor = os.open(path, flags, 0o600)
+        self._path = path
 
-    def __enter__(self) -> ShardReader:
+    def __enter__(self) -> _File:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        del self._file
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
 
-    def keys(self) -> set[str]:
-        """Return the keys of the shard."""
-        return self._keys
+    def write(self, blocks: memoryview, position: int) -> None:
+        while blocks:
+            try:
+                written = os.pwrite(self._descriptor, blocks, position)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct():
+                    raise OSError(error.errno, error.strerror, str(self._path)) from error
+                continue
+            if written % ALIGNMENT:  # cut short in a block: by a limit that the next write will name
+                self._direct()
+            blocks, position = blocks[written:], position + written
 
-    def read(self, key: str, start: int, count: int) -> torch.Tensor:
-        """Return ``count`` elements of the flat tensor ``key`` from ``start``."""
-        return self._file.get_slice(key)[start : start + count]
+    def _direct(self) -> bool:
+        """Return whether writes were direct; those that follow are not."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return bool(flags & os.O_DIRECT)
+
+    def finish(self, size: int) -> None:
+        """Cut off what fills the last block, if it is the file's last, and make all of it durable."""
+        if size % ALIGNMENT:
+            os.ftruncate(self._descriptor, size)
+        os.fsync(self._descriptor)
+
+
+def hash_file(path: Path, sizes: Sequence[int] | None = None) -> list[str]:
+    """Return the xxh3_64 of each of consecutive ranges of a file; without ``sizes`` of all of it. Raises OSError."""
+    found: list[str] = []
+    with path.open("rb") as file:
+        for size in sizes or (os.fstat(file.fileno()).st_size,):
+            digest, left = xxhash.xxh3_64(), size
+            while left and (chunk := file.read(min(CHUNK_BYTES, left))):
+                digest.update(chunk)
+                left -= len(chunk)
+            found.append(digest.hexdigest())
+    return found

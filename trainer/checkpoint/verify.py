@@ -15,11 +15,13 @@ def damaged_files(directory: Path, part: int = 0, parts: int = 1) -> list[str]:
     if problems or manifest is None:
         return problems
     for name, facts in sorted(manifest["files"].items())[part::parts]:
+        listed = layout.file_parts(facts) or []
         try:
-            found = hash_file(directory / name)
+            found = hash_file(directory / name, [num_bytes for num_bytes, _ in listed])
         except OSError as error:
             problems.append(f"{name}: {error.strerror}")
             continue
-        if found != facts["xxh3_64"]:
-            problems.append(f"{name}: contents changed (xxh3_64 {found}, the manifest says {facts['xxh3_64']})")
+        for digest, (_, expected) in zip(found, listed, strict=True):
+            if digest != expected:
+                problems.append(f"{name}: contents changed (xxh3_64 {digest}, the manifest says {expected})")
     return problems

@@ -1,27 +1,32 @@
-"""Write a checkpoint so that it either exists whole or does not exist.
+"""Write a checkpoint so that it either exists whole or does not exist, in the background if asked to.
 
-Temporary directory → every rank's shard written, fsynced, hashed → all ranks agree → manifest → rename → fsync of the
-parent → pointer. A kill anywhere leaves the previous checkpoint as it was.
+Temporary directory → every rank's section written, fsynced, hashed → all ranks agree → manifest → rename → fsync of
+the parent → pointer → old ones deleted. A kill anywhere leaves the previous checkpoint as it was. In the background the
+same happens on a thread of every rank, over connections of its own, from a copy in memory that is made before.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
+import socket
+import threading
+import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import layout, random_state
+import psutil
+import torch
+
+from trainer.checkpoint import random_state
 from trainer.checkpoint.agreement import Ranks
-from trainer.checkpoint.retention import to_delete
-from trainer.checkpoint.shard_file import Entry, write_shard
+from trainer.checkpoint.commit import Commit
+from trainer.checkpoint.sections import Holding, Plan, Section, make_plan
+from trainer.checkpoint.shard_file import Entry, Image, streamed, write_section
+from trainer.config.checkpoint import CheckpointConfig
 from trainer.core import faults
-from trainer.core.durable import fsync_directory, replace_text, write_durably
 from trainer.core.errors import CheckpointError
 from trainer.engine.base import StateSlice
-from trainer.parallel.cut import Cut
 
 
 def slice_key(name: str, key: str) -> str:
@@ -30,139 +35,214 @@ def slice_key(name: str, key: str) -> str:
 
 
 @dataclass
-class _Shard:
-    """What one rank reports."""
+class Saved:
+    """How a save ended; the same on every rank, but for the durations."""
 
-    file: str
+    step: int
+    directory: Path
+    num_bytes: int
+    """Of all ranks."""
+    blocked_seconds: float
+    """That training stood still for this save, waiting for the one before included."""
+    seconds: float
+    """From the call until all was durable."""
     error: str | None = None
-    bytes: int = 0
-    xxh3_64: str = ""
-    slices: list[tuple[str, str, str, tuple[int, ...], int, int, Cut | None]] = field(default_factory=list)
-    """(name, key, dtype, shape, start, count, cut)"""
+    """Why nothing was committed."""
+    warning: str | None = None
+    """What went wrong after the commit."""
 
 
 class CheckpointWriter:
     """Writes checkpoints of one run; called by all ranks together."""
 
     def __init__(
-        self, run_directory: Path, ranks: Ranks, *, attempt: str, keep_last: int, keep_every_steps: int | None
+        self,
+        run_directory: Path,
+        *,
+        attempt: str,
+        settings: CheckpointConfig,
+        may_commit: Callable[[], None] = lambda: None,
     ) -> None:
-        self._run = run_directory
-        self._ranks = ranks
-        self._attempt = attempt
-        self._keep_last = keep_last
-        self._keep_every_steps = keep_every_steps
-        if ranks.rank == 0:
-            layout.checkpoints_directory(run_directory).mkdir(mode=0o700, parents=True, exist_ok=True)
-            for leftover in layout.temporary_directories(run_directory):
-                shutil.rmtree(leftover, ignore_errors=True)
-
-    def write(
-        self, step: int, slices: Iterable[StateSlice], facts: dict[str, Any], protected: Collection[int] = ()
-    ) -> Path:
-        """Commit the checkpoint of ``step`` and return its directory; ``facts`` are further fields of its manifest.
-
-        The checkpoints of the steps ``protected`` are not deleted.
-
-        Raises CheckpointError on every rank alike when any rank failed; nothing is committed then and the previous
-        checkpoint stands.
-        """
-        final = layout.step_directory(self._run, step)
-        temporary = layout.temporary_directory(self._run, step, self._attempt)
-        self._together(lambda: self._prepare(temporary), f"step {step}: directory not made")
-        shard = self._write_shard(temporary, step, slices)
-        shards = self._ranks.gather(shard)
-        failed = [f"rank {rank}: {s.error}" for rank, s in enumerate(shards) if s.error]
-        if failed:
-            self._discard(temporary)
-            raise CheckpointError(f"checkpoint of step {step} was not written: " + "; ".join(failed))
-        manifest = _manifest(step, shards, facts, self._ranks.world_size)
-        self._together(lambda: self._commit(step, temporary, final, manifest), f"step {step}: not committed")
-        self._together(lambda: self._prune(protected), "old checkpoints not deleted")
-        return final
-
-    def _together(self, action: Callable[[], None], what: str) -> None:
-        """Run ``action`` on rank 0 only; every rank learns how it ended."""
-        error: str | None = None
+        """``may_commit`` is asked on rank 0 before a commit and raises CheckpointError to forbid it. Collective."""
+        self._ranks = Ranks.apart()
+        self._commit = Commit(run_directory, attempt, settings, may_commit)
+        self._settings = settings
+        self._section: Section | None = None
+        self._plan: Plan | None = None
+        self._places: list[tuple[str, str, int]] = []
+        self._image: Image | None = None
+        self._thread: threading.Thread | None = None
+        self._in_flight: Saved | None = None
         if self._ranks.rank == 0:
-            try:
-                action()
-            except OSError as failure:
-                error = str(failure)
-        error = self._ranks.from_first(error)
-        if error is not None:
-            raise CheckpointError(f"checkpoint: {what}: {error}")
+            self._commit.reap()
 
-    def _prepare(self, temporary: Path) -> None:
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir(mode=0o700)
+    def prepare(self, slices: Iterable[StateSlice]) -> str | None:
+        """Agree on who writes what and allocate the buffers of background saves. Collective.
 
-    def _write_shard(self, temporary: Path, step: int, slices: Iterable[StateSlice]) -> _Shard:
+        Returns a sentence for the user where saves can't be in the background though they are asked to be, or where
+        space is short.
+        """
+        mine, entries = self._mine(slices)
+        background = self._settings.asynchronous and all(isinstance(piece.held, torch.Tensor) for piece in mine)
+        holding = Holding(
+            host=socket.gethostname(),
+            places=tuple(entry.place for entry in entries),
+            num_bytes=sum(entry.num_bytes for entry in entries),
+            slices=tuple(
+                (p.name, p.key, str(p.dtype).removeprefix("torch."), p.shape, p.start, p.count, p.cut) for p in mine
+            ),
+            free_memory_bytes=psutil.virtual_memory().available,
+            buffered=background,
+        )
+        holdings = self._ranks.to_first(holding)
+        self._plan = make_plan(holdings, self._settings.files) if holdings else None
+        dealt = None
+        if holdings and self._plan:
+            possible = self._plan.fits_in_memory and all(held.buffered for held in holdings)
+            dealt = [(section, possible, self._plan.num_bytes) for section in self._plan.sections]
+        self._section, possible, self._num_bytes = self._ranks.deal(dealt)
+        self._places = [entry.place for entry in entries]
+        if possible:
+            pinned = any(isinstance(piece.held, torch.Tensor) and piece.held.is_cuda for piece in mine)
+            self._image = Image(self._section.header, [*entries, *self._padding()], pinned)
+        if self._plan is None:
+            return None
+        if self._settings.asynchronous and not possible:
+            why = "a copy of it does not fit into memory" if background else "state lies on NVMe"
+            return f"checkpoints are written while training waits: {why}"
+        return self._commit.short_of_space(self._plan)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that background saves of this rank keep."""
+        return self._image.num_bytes if self._image else 0
+
+    def save(
+        self,
+        step: int,
+        slices: Iterable[StateSlice],
+        facts: dict[str, Any],
+        *,
+        wait: bool,
+        protected: Collection[int] = (),
+    ) -> Saved | None:
+        """Commit the checkpoint of ``step``; ``facts`` are further fields of its manifest.
+
+        With ``wait`` return how it ended, on every rank alike; else begin, if the buffers are there, and return None:
+        ``finish`` tells. ``finish`` must have been called since the last one was begun. Checkpoints of the steps
+        ``protected`` are not deleted.
+        """
+        assert self._thread is None
+        started = time.perf_counter()
+        if self._section is None:
+            slices = list(slices)
+            self.prepare(slices)
         rank = self._ranks.rank
-        shard = _Shard(f"rank-{rank:05d}.safetensors")
-        path = temporary / shard.file
+        faults.reach("checkpoint.begin", rank=rank, step=step)
+        _, entries = self._mine(slices)
+        assert [entry.place for entry in entries] == self._places, "state has changed its shape"
+        saved = Saved(step, self._commit.directory(step), self._num_bytes, 0.0, 0.0)
+        if self._image is not None:
+            self._image.fill([*entries, *self._padding()])
+            faults.reach("checkpoint.copied", rank=rank, step=step)
+        if self._image is None or wait:
+            self._write(saved, entries, facts, protected, started)
+            saved.blocked_seconds = saved.seconds
+            return saved
+        self._in_flight = saved
+        self._thread = threading.Thread(
+            target=self._write, args=(saved, [], facts, protected, started), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        saved.blocked_seconds = time.perf_counter() - started
+        return None
+
+    def finished(self) -> Saved | None:
+        """Return how the save in flight ended, None while it has not; does not wait. Not the same on every rank."""
+        return self._in_flight if self._thread is not None and not self._thread.is_alive() else None
+
+    def finish(self, timeout_seconds: float | None = None) -> Saved | None:
+        """Wait for the save in flight and return how it ended, None if there is none (or it takes too long)."""
+        if self._thread is None:
+            return None
+        started = time.perf_counter()
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            return None
+        saved, self._thread, self._in_flight = self._in_flight, None, None
+        assert saved is not None
+        saved.blocked_seconds += time.perf_counter() - started
+        return saved
+
+    def _mine(self, slices: Iterable[StateSlice]) -> tuple[list[StateSlice], list[Entry]]:
+        mine = [piece for piece in slices if piece.primary]
+        entries = [Entry(slice_key(p.name, p.key), p.dtype, p.count, lambda p=p: p.tensor) for p in mine]
+        return mine, entries + [Entry.of(key, tensor) for key, tensor in random_state.capture().items()]
+
+    def _padding(self) -> list[Entry]:
+        assert self._section is not None
+        count = self._section.padding
+        return [Entry.of("padding", torch.zeros(count, dtype=torch.uint8))] if count else []
+
+    def _write(
+        self, saved: Saved, entries: list[Entry], facts: dict[str, Any], protected: Collection[int], started: float
+    ) -> None:
+        """Carry out the protocol and note in ``saved`` how it ended. On a thread: nothing may be raised."""
+        try:
+            saved.error, saved.warning = self._protocol(saved.step, entries, facts, protected)
+        except Exception as error:  # noqa: BLE001 - a lost connection: another rank is gone, and this one will follow
+            saved.error = f"{type(error).__name__}: {error}"
+        if saved.error is not None:
+            saved.error = f"checkpoint of step {saved.step} was not written: {saved.error}"
+        saved.seconds = time.perf_counter() - started
+
+    def _protocol(
+        self, step: int, entries: list[Entry], facts: dict[str, Any], protected: Collection[int]
+    ) -> tuple[str | None, str | None]:
+        """Return (error, warning), the same on every rank."""
+        plan, ranks = self._plan, self._ranks
+        error = ranks.from_first(_said(lambda: self._commit.begin(step, plan)) if plan else None)
+        if error is not None:
+            return error, None
+        reports = ranks.to_first(self._write_section(step, entries))
+        error = warning = None
+        if plan is not None and reports is not None:
+            failed = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if isinstance(report, str)]
+            if failed:
+                error = "; ".join(failed)
+            else:
+                written = [report for report in reports if not isinstance(report, str)]
+                error = _said(lambda: self._commit.commit(step, plan, written, facts))
+            if error is not None:
+                self._commit.discard(step)
+            else:
+                warning = _said(lambda: self._commit.prune(protected))
+        return ranks.from_first((error, warning))
+
+    def _write_section(self, step: int, entries: list[Entry]) -> tuple[int, str] | str:
+        """Return bytes and hash of what this rank wrote, or what went wrong."""
+        assert self._section is not None
+        rank, path = self._ranks.rank, self._commit.temporary(step) / self._section.file
         try:
             faults.reach("checkpoint.before_shard", rank=rank, step=step)
-            mine = [piece for piece in slices if piece.primary]
-            entries = [Entry(slice_key(p.name, p.key), p.dtype, p.count, lambda p=p: p.tensor) for p in mine]
-            entries += [Entry.of(key, tensor) for key, tensor in random_state.capture().items()]
-            shard.bytes, shard.xxh3_64 = write_shard(path, entries)
+            image = self._image
+            chunks = image.chunks() if image else streamed(self._section.header, [*entries, *self._padding()])
+            written = write_section(
+                path,
+                self._section.start,
+                chunks,
+                lambda: faults.reach("checkpoint.in_shard", rank=rank, step=step, path=path),
+            )
             faults.reach("checkpoint.shard_written", rank=rank, step=step, path=path)
-            shard.slices = [
-                (p.name, p.key, str(p.dtype).removeprefix("torch."), p.shape, p.start, p.count, p.cut) for p in mine
-            ]
-        except (OSError, RuntimeError) as failure:
-            shard.error = str(failure)
-        return shard
-
-    def _commit(self, step: int, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-        faults.reach("checkpoint.before_manifest", rank=0, step=step)
-        path = layout.manifest_path(temporary)
-        write_durably(path, json.dumps(manifest, separators=(",", ":")))
-        fsync_directory(temporary)
-        faults.reach("checkpoint.before_rename", rank=0, step=step, path=path)
-        if final.exists():  # a damaged one of this step, passed over at resume; the new one replaces it
-            aside = temporary.with_name(temporary.name + "-replaced")
-            final.rename(aside)
-            temporary.rename(final)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            temporary.rename(final)
-        fsync_directory(final.parent)
-        faults.reach("checkpoint.before_pointer", rank=0, step=step)
-        replace_text(layout.pointer_path(self._run), final.name + "\n")
-        faults.reach("checkpoint.committed", rank=0, step=step)
-
-    def _prune(self, protected: Collection[int]) -> None:
-        steps = [step for step, _ in layout.step_directories(self._run)]
-        for step in to_delete(steps, self._keep_last, self._keep_every_steps, protected):
-            doomed = layout.step_directory(self._run, step)
-            aside = layout.temporary_directory(self._run, step, "deleted")
-            # Renamed first: half a deleted checkpoint must not look like one.
-            doomed.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
-
-    def _discard(self, temporary: Path) -> None:
-        if self._ranks.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except (OSError, RuntimeError, MemoryError) as failure:
+            return str(failure) if str(path) in str(failure) else f"{path.name}: {failure}"
+        return written
 
 
-def _manifest(step: int, shards: list[_Shard], facts: dict[str, Any], world_size: int) -> dict[str, Any]:
-    tensors: dict[str, Any] = {}
-    for index, shard in enumerate(shards):
-        for name, key, dtype, shape, start, count, cut in shard.slices:
-            entry = tensors.setdefault(name, {"shape": list(shape), "states": {}})
-            kept = entry["states"].setdefault(key, {"dtype": dtype, "slices": []})
-            kept["slices"].append([index, start, count, *([cut.to_json()] if cut else [])])
-    any_cut = any(cut is not None for shard in shards for *_, cut in shard.slices)
-    return {
-        "format": layout.FORMAT,
-        "version": layout.VERSION if any_cut else layout.VERSION_WITHOUT_CUTS,
-        "step": step,
-        "world_size": world_size,
-        "shards": [shard.file for shard in shards],
-        "files": {shard.file: {"bytes": shard.bytes, "xxh3_64": shard.xxh3_64} for shard in shards},
-        "tensors": tensors,
-        **facts,
-    }
+def _said(action: Callable[[], None]) -> str | None:
+    """Return what went wrong in ``action``, None if nothing did."""
+    try:
+        action()
+    except (OSError, CheckpointError) as failure:
+        return str(failure)
+    return None

@@ -23,8 +23,18 @@ class CheckpointConfig(Section):
     keep_best: bool = False
     """Save after every evaluation that is the best so far, and never delete the best one. What is compared:
     ``evaluation.early_stopping.metric``, or the mean over ``data.validation``."""
-    asynchronous: bool = False
-    """Write in the background (not available yet)."""
+    asynchronous: bool = True
+    """Write in the background: training stands still only while state is copied to memory, which is kept for it: as
+    much as a rank writes. Where that does not fit, or state lies on NVMe, training waits, and says so."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """When a checkpoint can't be written: go on and try the next one, or end the run. The last one must be written."""
+    files: Literal["auto", "rank", "node"] = "auto"
+    """A file a rank, or one a node, which keeps files few. auto: a node where there are more than 64 ranks."""
+    hook: tuple[str, ...] | None = None
+    """Command that is run after each commit, beside training: a list of arguments, in which {directory} and {step} are
+    the checkpoint's, {run} the run's. No shell. Its output goes to RUN/logs/hook.log."""
+    hook_timeout_seconds: float = Field(default=600.0, gt=0)
+    """How long it may take; at its end a run waits as long for it."""
     resume: Literal["auto", "require", "never"] = "auto"
     """auto: continue where a checkpoint is; require: refuse to start without one; never: refuse if there is one."""
     accept_changes: tuple[Change, ...] = ()

@@ -23,6 +23,10 @@ _RANK_LAUNCHERS: tuple[Launcher, ...] = ("local", "torchrun", "deepspeed", "envi
 
 LAUNCHER_VARIABLE = "TRAINER_LAUNCHER"
 PARENT_VARIABLE = "TRAINER_LAUNCHER_PID"
+_OF_RANKS = re.compile(
+    r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK|NODE_RANK|CROSS_RANK|CROSS_SIZE)$"
+    r"|MASTER_|TORCHELASTIC_|TRAINER_|OMPI_|PMI_|PMIX_|MPI_|SLURM_(PROCID|LOCALID|NTASKS|STEP|TASK)"
+)
 _INTEGER = re.compile(r"-?[0-9]{1,10}")
 _FIRST_PORT, _PORT_COUNT = 20_000, 10_000
 """Rendezvous ports 20000-29999: below Linux's ephemeral range (from 32768), so no outgoing connection holds one."""
@@ -96,11 +100,24 @@ def export(ranks: RankEnvironment, environment: MutableMapping[str, str]) -> Non
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks.local_world_size)))
 
 
+def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return ``environment`` less what tells a process its place: a command that a rank starts is no rank."""
+    return {name: value for name, value in environment.items() if not _OF_RANKS.match(name)}
+
+
 def usable_cores() -> int:
     """Return the cores this process may run on (a SLURM or container limit counts, where the system tells)."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def slurm_job(environment: Mapping[str, str]) -> tuple[str, str, int] | None:
+    """Return (cluster, job id, how often it was requeued) of the SLURM job this process is in, None outside of one."""
+    job, restarts = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_RESTART_COUNT", "")
+    if not job:
+        return None
+    return environment.get("SLURM_CLUSTER_NAME", ""), job, int(restarts) if _INTEGER.fullmatch(restarts) else 0
 
 
 def die_with_parent(environment: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from trainer.checkpoint.changes import pattern_error, training_changes
 from trainer.checkpoint.layout import FORMAT, VERSION
 from trainer.core.errors import DataError, Problem
-from trainer.preflight.facts import NOT_AVAILABLE, Facts, Failing, Rule
+from trainer.preflight.facts import Facts, Failing, Rule
 
 
 def _directory(facts: Facts) -> Iterator[Problem]:
@@ -45,9 +46,11 @@ def _multiple(facts: Facts) -> Iterator[Problem]:
         yield Problem("checkpoint.keep_every_steps", keep, rule, fix)
 
 
-def _asynchronous(facts: Facts) -> Iterator[Problem]:
-    if facts.recipe.checkpoint.asynchronous:
-        yield Problem("checkpoint.asynchronous", True, NOT_AVAILABLE, "set it to false")
+def _hook(facts: Facts) -> Iterator[Problem]:
+    command = facts.recipe.checkpoint.hook
+    if command is not None and (not command or shutil.which(command[0]) is None):
+        rule = "its first word is no program that can be run"
+        yield Problem("checkpoint.hook", list(command), rule, "name one on PATH, or its path")
 
 
 def _resume(facts: Facts) -> Iterator[Problem]:
@@ -180,7 +183,7 @@ RULES = (
     Rule("run directory is none of the files", _directory, Failing(prepare=_file)),
     Rule("run directory can be made", _directory, Failing(prepare=_below_file)),
     Rule("kept steps are saved", _multiple, Failing({"checkpoint.every_steps": 2, "checkpoint.keep_every_steps": 3})),
-    Rule("asynchronous writer available", _asynchronous, Failing({"checkpoint.asynchronous": True})),
+    Rule("hook can be run", _hook, Failing({"checkpoint.hook": ["no-such-program"]})),
     Rule("resume finds a checkpoint", _resume, Failing({"checkpoint.resume": "require"})),
     Rule("a resume reads the same data into the same model", _identity, Failing(prepare=_another_run)),
     Rule("a resume by the same optimizer", _training, Failing({"optimizer.name": "lion"}, prepare=_trained)),

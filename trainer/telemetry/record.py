@@ -62,6 +62,15 @@ EVALUATION_FIELDS: tuple[Field, ...] = (
     Field("time_unix", "s", None, "when the evaluation ended"),
 )
 
+CHECKPOINT_FIELDS: tuple[Field, ...] = (
+    Field("step", "steps", None, "optimizer steps done"),
+    Field("blocked_seconds", "s", "checkpoint/blocked_seconds", "that training stood still for it"),
+    Field("seconds", "s", "checkpoint/seconds", "until it was durable"),
+    Field("num_bytes", "B", "checkpoint/bytes", "that all ranks wrote"),
+    Field("time_unix", "s", None, "when training learned of it"),
+)
+"""Of checkpoints; drawn, but not in metrics.jsonl."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRecord:
@@ -137,7 +146,22 @@ class EvaluationRecord:
         return _scalars(self, EVALUATION_FIELDS, self.name)
 
 
-_Record = StepRecord | EvaluationRecord | SourceRecord
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecord:
+    """One committed checkpoint. Units are in :data:`CHECKPOINT_FIELDS`."""
+
+    step: int
+    blocked_seconds: float
+    seconds: float
+    num_bytes: int
+    time_unix: float
+
+    def scalars(self) -> Iterator[tuple[str, float]]:
+        """Yield (TensorBoard tag, value) of every number that is drawn."""
+        return _scalars(self, CHECKPOINT_FIELDS)
+
+
+_Record = StepRecord | EvaluationRecord | CheckpointRecord | SourceRecord
 
 
 def perplexity(loss: float) -> float:

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from trainer.checkpoint import layout, random_state
 from trainer.checkpoint.agreement import Ranks
+from trainer.checkpoint.hook import Hook
 from trainer.checkpoint.identity import data_identity
 from trainer.checkpoint.provenance import provenance, topology_facts
 from trainer.checkpoint.reader import CheckpointReader
@@ -42,6 +43,7 @@ from trainer.telemetry.throughput import device_name, model_flops_utilization, p
 from trainer.training.isolation import refuse_leak
 from trainer.training.loop import Parts
 from trainer.training.resume import Resumption, load_checkpoint, refuse_beyond_budget
+from trainer.training.saving import Saver
 from trainer.training.state import TrainState
 from trainer.training.tokenizer import keep, load_on_first_rank, refuse_other_tokenizer
 
@@ -53,14 +55,15 @@ def build_parts(
     environment: RankEnvironment,
     *,
     attempt: int,
-    open_sinks: Callable[[int], tuple[Fanout, Callable[[int], None]]],
+    open_sinks: Callable[[int], Fanout],
     say: Callable[[str], None],
     stop_requested: Callable[[], bool],
+    may_commit: Callable[[], None] = lambda: None,
 ) -> Parts:
     """Assemble a fresh or resumed run; the process group is joined already.
 
-    ``open_sinks(resume_step)`` is called once it is known where the run starts; it returns the sinks and what to call
-    with the step of every committed checkpoint. Raises TrainerError.
+    ``open_sinks(resume_step)`` is called once it is known where the run starts. ``may_commit`` raises CheckpointError
+    where this run has lost its directory to another. Raises TrainerError.
     """
     ranks = Ranks()
     run_directory = Path(recipe.run.directory)
@@ -103,9 +106,9 @@ def build_parts(
         refuse_leak(engine, config.model_type, vocabulary)
     keep(tokenizer, recipe)
     writer = CheckpointWriter(
-        run_directory, ranks, attempt=f"{ranks.from_first(attempt):04d}",
-        keep_last=recipe.checkpoint.keep_last, keep_every_steps=recipe.checkpoint.keep_every_steps,
-    )  # fmt: skip
+        run_directory, attempt=f"{ranks.from_first(attempt):04d}", settings=recipe.checkpoint, may_commit=may_commit
+    )
+    cannot = writer.prepare(engine.iterate_state())
     model = {
         "config": config_to_dictionary(config),
         "dtype": recipe.model.dtype,
@@ -115,24 +118,26 @@ def build_parts(
         "unpadded_vocabulary_size": unpadded,
     }
     hosts = ranks.gather(socket.gethostname())
-    sinks, committed = open_sinks(state.step)
+    sinks = open_sinks(state.step)
 
-    def save() -> None:
+    def facts() -> dict[str, Any]:
         identity = data_identity(recipe, loader.sampler.fingerprint(state.consumed_samples))
-        facts = {"state": {"train": state.to_json(), "identity": identity}, "model": model}
-        facts |= provenance(recipe, mesh, stage, len(set(hosts)), engine.logical_shapes())
-        protected = [state.best.step] if recipe.checkpoint.keep_best else []
-        path = writer.write(state.step, engine.iterate_state(), facts, protected)
-        committed(state.step)
-        sinks.message(f"checkpoint {path.name}")
+        fixed = {"state": {"train": state.to_json(), "identity": identity}, "model": model}
+        return fixed | provenance(recipe, mesh, stage, len(set(hosts)), engine.logical_shapes())
 
+    hook = None
+    if recipe.checkpoint.hook and environment.rank == 0:
+        hook = Hook(recipe.checkpoint.hook, recipe.checkpoint.hook_timeout_seconds, run_directory)
+    saver = Saver(writer, engine, state, facts, recipe.checkpoint, sinks, hook, saved_step=state.step if reader else -1)
     parts = Parts(
-        recipe, derived, engine, loader, validation, state, sinks, save, stop_requested,
-        _utilization(engine, config, recipe, derived), saved_step=state.step if reader else -1, rank=environment.rank,
+        recipe, derived, engine, loader, validation, state, sinks, saver, stop_requested,
+        _utilization(engine, config, recipe, derived), rank=environment.rank,
     )  # fmt: skip
     if (warning := untested()) is not None:
         sinks.message(warning)
     sinks.message(_summary(parts, deepspeed_json, reader))
+    if cannot is not None:
+        sinks.message(cannot)
     if _degrees(parts):
         for line in engine.division + mesh_table(mesh, hosts, recipe.parallel.expert):
             sinks.message(line)

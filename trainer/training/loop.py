@@ -10,7 +10,7 @@ from trainer.config.batch_schedule import batch_size
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
 from trainer.core import faults
-from trainer.core.errors import CheckpointError, DoNotRestartError
+from trainer.core.errors import DoNotRestartError
 from trainer.data.loader import TrainLoader
 from trainer.engine.base import StepPreview, StepResult, TrainEngine
 from trainer.evaluation.best import metric_loss, metric_name, stopping_reason
@@ -20,6 +20,7 @@ from trainer.resilience.guard import is_sound, must_stop
 from trainer.telemetry.sinks.base import Fanout
 from trainer.telemetry.throughput import StepClock
 from trainer.training.records import step_record
+from trainer.training.saving import Saver
 from trainer.training.state import TrainState
 
 Outcome = Literal["finished", "stopped"]
@@ -36,13 +37,11 @@ class Parts:
     validation: Validation
     state: TrainState
     sinks: Fanout
-    save: Callable[[], None]
-    """Commit a checkpoint of the current state; raises CheckpointError on every rank alike."""
+    saver: Saver
     stop_requested: Callable[[], bool]
     """Whether this rank was asked to stop."""
     utilization: Callable[[float], float | None]
     """Tokens per second → model FLOPs utilization."""
-    saved_step: int = 0
     rank: int = 0
 
 
@@ -61,21 +60,22 @@ def train(parts: Parts) -> Outcome:
             batches = parts.loader.next_step()
         learning_rate = recipe.optimizer.learning_rate * multiplier(recipe.schedule, state.step + 1, total)
         with clock.phase("forward_backward"):
-            result = parts.engine.train_batch(batches, accept, learning_rate, parts.stop_requested())
+            stop = parts.stop_requested() or parts.saver.must_stop
+            result = parts.engine.train_batch(batches, accept, learning_rate, stop)
         samples = batch_size(recipe.batch, state.step + 1)
         state.advance(samples, samples * recipe.data.sequence_length, result)
         parts.sinks.step(step_record(parts, result, clock.finish_step(), learning_rate))
+        parts.saver.tell()
         refuse_endless_skipping(parts, result)
         stopping, best = result.stop_requests > 0, False
         if not stopping or state.step == total:
             best = evaluate_if_due(parts)
         last = stopping or state.step == total or early_end(parts) is not None
         if last or is_due(state.step, recipe.checkpoint.every_steps) or (best and recipe.checkpoint.keep_best):
-            save(parts, final=last)
+            parts.saver.save(final=last)
         if stopping and state.step < total:
             return "stopped"
-    if parts.saved_step != state.step:
-        save(parts, final=True)
+    parts.saver.save(final=True)
     return "finished"
 
 
@@ -116,17 +116,6 @@ def evaluate_if_due(parts: Parts) -> bool:
     for record in records:
         parts.sinks.evaluation(record)
     return best
-
-
-def save(parts: Parts, final: bool) -> None:
-    """Commit a checkpoint. One that fails on the way is reported and the next one tried; the last one must succeed."""
-    try:
-        parts.save()
-        parts.saved_step = parts.state.step
-    except CheckpointError as error:
-        if final:
-            raise
-        parts.sinks.message(f"warning: {error}; training goes on")
 
 
 def refuse_endless_skipping(parts: Parts, result: StepResult) -> None:

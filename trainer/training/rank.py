@@ -6,7 +6,6 @@ import contextlib
 import os
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,13 @@ def run_rank(recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], e
     os.umask(0o077)  # a run directory holds paths, host names and data: private unless its owner opens it
     directory: RunDirectory | None = None
     with StopFlag() as stop, open_rank_log(Path(recipe.run.directory), environment.rank) as log:
+
+        def say(text: str) -> None:
+            print(text, file=log.console_stream, flush=True)
+
         try:
             if environment.rank == 0:
-                directory = RunDirectory(recipe, deepspeed_json, environment.world_size)
+                directory = RunDirectory(recipe, deepspeed_json, environment.world_size, say)
             code = _train(recipe, derived, deepspeed_json, environment, directory, log, stop)
         except BaseException as error:  # noqa: BLE001 - status.json must say how every run ended
             code = _report(error, environment, directory, log)
@@ -50,14 +53,12 @@ def _train(
 
     sinks = Fanout([])
 
-    def open_sinks(resume_step: int) -> tuple[Fanout, Callable[[int], None]]:
+    def open_sinks(resume_step: int) -> Fanout:
         nonlocal sinks
-        committed: Callable[[int], None] = lambda step: None  # noqa: E731 - only rank 0 keeps a status
         if directory is not None:
             made = build_sinks(recipe, directory.path, resume_step, derived.total_steps, log.console_stream)
-            status = StatusSink(directory, resume_step, derived.total_steps)
-            sinks, committed = Fanout([*made, status]), status.committed
-        return sinks, committed
+            sinks = Fanout([*made, StatusSink(directory, resume_step, derived.total_steps)])
+        return sinks
 
     def say(text: str) -> None:
         print(text, file=log.console_stream, flush=True)
@@ -68,10 +69,16 @@ def _train(
             recipe, derived, deepspeed_json, environment,
             attempt=directory.attempt if directory else 0,
             open_sinks=open_sinks, say=say, stop_requested=lambda: stop.received is not None,
+            may_commit=directory.refuse_if_taken_over if directory else lambda: None,
         )  # fmt: skip
         if directory is not None and parts.state.best.loss is not None:
             directory.status(best_validation_loss=parts.state.best.loss, best_step=parts.state.best.step)
-        outcome = train(parts)
+        try:
+            outcome = train(parts)
+        except BaseException:
+            parts.saver.rescue()
+            raise
+        parts.saver.close()
         early = early_end(parts)
         code = EXIT_OK if outcome == "finished" else EXIT_REQUEUE
         if directory is not None:

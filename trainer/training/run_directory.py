@@ -9,6 +9,7 @@ import platform
 import socket
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from trainer.config.load import recipe_to_yaml
 from trainer.config.run import Recipe
 from trainer.core.durable import replace_text
+from trainer.core.errors import CheckpointError
 from trainer.core.run_lock import RunLock
 from trainer.core.status_file import write_status
 
@@ -28,11 +30,16 @@ _PACKAGES = ("trainer", "torch", "deepspeed", "transformers", "tokenizers", "saf
 class RunDirectory:
     """Rank 0's hand on RUN/: claims it, writes down what runs, keeps status.json."""
 
-    def __init__(self, recipe: Recipe, deepspeed_json: dict[str, Any], world_size: int) -> None:
-        """Claim the directory, changing nothing in it. Raises RefusedError if another process is training in it."""
+    def __init__(
+        self, recipe: Recipe, deepspeed_json: dict[str, Any], world_size: int, say: Callable[[str], None] = print
+    ) -> None:
+        """Claim the directory, changing nothing in it. Raises RefusedError if another process is training in it.
+
+        ``say`` is told what became of a dead owner's lock.
+        """
         self.path = Path(recipe.run.directory)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock = RunLock(self.path)
+        self._lock = RunLock(self.path, say=say)
         self.attempt = 1 + max((int(p.name) for p in self.path.glob("attempts/[0-9]*") if p.name.isdigit()), default=0)
         self._status: dict[str, Any] = {"attempt": self.attempt, "restarts": self.attempt - 1}
         self._facts: dict[str, str] | None = {
@@ -67,6 +74,15 @@ class RunDirectory:
         for name, text in facts.items():
             replace_text(attempt / name, text)
             replace_text(self.path / name, text)
+
+    def still_mine(self) -> bool:
+        """Return whether no other start has taken the directory: nothing may be committed in it otherwise."""
+        return self._lock.still_mine()
+
+    def refuse_if_taken_over(self) -> None:
+        """Raise CheckpointError if another job trains here now: this one was thought dead."""
+        if not self._lock.still_mine():
+            raise CheckpointError(f"another job has taken over {self.path}: this one may not commit any more")
 
     def release(self) -> None:
         """Let the next job in."""

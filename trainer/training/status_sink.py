@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from trainer.telemetry.record import EvaluationRecord, StepRecord
+from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, StepRecord
 from trainer.training.run_directory import RunDirectory
 
 _SECONDS_BETWEEN_WRITES = 5.0
@@ -36,12 +36,16 @@ class StatusSink:
         if record.best_step is not None:
             self._directory.status(best_validation_loss=record.best_validation_loss, best_step=record.best_step)
 
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        """Note a committed checkpoint, at once; training may be steps ahead of it."""
+        self._directory.status(
+            last_checkpoint_step=record.step,
+            last_checkpoint_seconds=record.seconds,
+            last_checkpoint_blocked_seconds=record.blocked_seconds,
+        )
+
     def message(self, text: str) -> None:
         """Nothing: sentences are for people."""
-
-    def committed(self, step: int) -> None:
-        """Note a committed checkpoint, at once."""
-        self._directory.status(step=step, last_checkpoint_step=step)
 
     def close(self) -> None:
         """Nothing to let go of."""

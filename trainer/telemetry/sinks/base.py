@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from trainer.telemetry.record import EvaluationRecord, StepRecord
+from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, StepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,10 @@ class Sink(Protocol):
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Take one evaluation."""
+        ...
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        """Take one committed checkpoint."""
         ...
 
     def message(self, text: str) -> None:
@@ -45,6 +49,10 @@ class Fanout:
     def evaluation(self, record: EvaluationRecord) -> None:
         """Hand one evaluation to every sink."""
         self._each(lambda sink: sink.evaluation(record))
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        """Hand one checkpoint to every sink."""
+        self._each(lambda sink: sink.checkpoint(record))
 
     def message(self, text: str) -> None:
         """Hand a sentence to every sink, and to the log."""
@@ -89,6 +97,10 @@ class Thinned:
     def evaluation(self, record: EvaluationRecord) -> None:
         """Pass the evaluation on."""
         self._sink.evaluation(record)
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        """Pass the checkpoint on."""
+        self._sink.checkpoint(record)
 
     def message(self, text: str) -> None:
         """Pass the sentence on."""

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.core.units import format_count, format_duration
-from trainer.telemetry.record import EvaluationRecord, StepRecord
+from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, StepRecord
 from trainer.telemetry.sinks.base import Sink
 from trainer.telemetry.throughput import MovingRate
 
@@ -93,6 +93,9 @@ class PlainSink:
             f"step {record.step}/{self._total_steps} validation={record.name} loss={record.validation_loss:.4f} "
             f"perplexity={record.perplexity:.6g} seconds={record.seconds:.1f}"
         )
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        """Nothing: a message says it."""
 
     def message(self, text: str) -> None:
         """Print a sentence. Raises OSError when the stream is gone."""
@@ -175,6 +178,9 @@ class TerminalSink:
                 (f"  {format_duration(record.seconds)}", "dim"),
             )
         )
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        """Nothing: a message says it."""
 
     def message(self, text: str) -> None:
         """Print a sentence above the line. Raises OSError when the terminal is gone."""

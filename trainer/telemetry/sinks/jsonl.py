@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-from trainer.telemetry.record import EvaluationRecord, StepRecord
+from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, StepRecord
 from trainer.telemetry.sinks.append import AppendFile, replace_file
 
 
@@ -31,6 +31,9 @@ class JsonlSink:
     def evaluation(self, record: EvaluationRecord) -> None:
         """Append one line. Raises OSError (the file then still ends with a whole line)."""
         self._file.append(f"{record.to_json_line()}\n".encode())
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        """Ignore: the lines go up by step, and checkpoints are told of later."""
 
     def message(self, text: str) -> None:
         """Ignore: messages are no records."""

@@ -1,0 +1,135 @@
+"""Checkpoints as the loop sees them: when to wait, what a failure means, who is told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from trainer.checkpoint.hook import Hook
+from trainer.checkpoint.writer import CheckpointWriter, Saved
+from trainer.config.checkpoint import CheckpointConfig
+from trainer.core.errors import CheckpointError
+from trainer.core.units import format_bytes, format_duration
+from trainer.engine.base import TrainEngine
+from trainer.telemetry.record import CheckpointRecord
+from trainer.telemetry.sinks.base import Fanout
+from trainer.training.state import TrainState
+
+_RESCUE_SECONDS = 30.0
+"""What a failing rank gives a save in flight: the others must not wait long for its end."""
+
+
+class Saver:
+    """Saves the state of a run; called by all ranks together, but for what says otherwise."""
+
+    def __init__(
+        self,
+        writer: CheckpointWriter,
+        engine: TrainEngine,
+        state: TrainState,
+        facts: Callable[[], dict[str, Any]],
+        settings: CheckpointConfig,
+        sinks: Fanout,
+        hook: Hook | None,
+        saved_step: int,
+    ) -> None:
+        """``facts`` returns further fields of a manifest; ``hook`` is given on rank 0 alone."""
+        self._writer = writer
+        self._engine = engine
+        self._state = state
+        self._facts = facts
+        self._settings = settings
+        self._sinks = sinks
+        self._hook = hook
+        self._saved_step = saved_step
+        self._told: Saved | None = None
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether this rank knows of a failed save that ends the run; others may learn of it a moment later."""
+        saved = self._writer.finished()
+        return self._settings.on_error == "stop" and saved is not None and saved.error is not None
+
+    def tell(self) -> None:
+        """Tell the user of a save that has ended meanwhile. Does not wait, and changes nothing for other ranks."""
+        saved = self._writer.finished()
+        if saved is not None:
+            self._tell(saved)
+        if self._hook is not None:
+            self._say(self._hook.poll())
+
+    def save(self, *, final: bool) -> None:
+        """Save the current state: in the background, or wait for the end if it is the ``final`` one.
+
+        A failed save is reported and the next one tried; raises CheckpointError, on every rank alike, for the final
+        one and under ``on_error: stop``.
+        """
+        waited = self._settle()
+        if self._saved_step == self._state.step:
+            return
+        protected = {*(self._hook.protected if self._hook else ())}
+        if self._settings.keep_best:
+            protected.add(self._state.best.step)
+        saved = self._writer.save(
+            self._state.step, self._engine.iterate_state(), self._facts(), wait=final, protected=protected
+        )
+        if saved is not None:
+            saved.blocked_seconds += waited
+            self._end(saved, must_succeed=final)
+
+    def close(self) -> None:
+        """Wait for the save in flight, and for the hook."""
+        self._settle()
+        if self._hook is not None:
+            self._say(self._hook.wait())
+
+    def rescue(self) -> None:
+        """Let a save in flight end, if it does soon: this rank is failing. Not collective."""
+        saved = self._writer.finish(_RESCUE_SECONDS)
+        if saved is not None:
+            self._tell(saved)
+
+    def _settle(self) -> float:
+        """Wait for the save in flight, return how long that took. Raises CheckpointError under ``on_error: stop``."""
+        started = time.perf_counter()
+        saved = self._writer.finish()
+        if saved is not None:
+            self._end(saved, must_succeed=False)
+        return time.perf_counter() - started
+
+    def _end(self, saved: Saved, *, must_succeed: bool) -> None:
+        if saved.error is not None and (must_succeed or self._settings.on_error == "stop"):
+            raise CheckpointError(saved.error)
+        self._tell(saved)
+        if saved.error is None:
+            self._saved_step = saved.step
+
+    def _tell(self, saved: Saved) -> None:
+        if saved is self._told:
+            return
+        self._told = saved
+        if saved.error is not None:
+            goes_on = "; training goes on" if self._settings.on_error == "continue" else ""
+            self._sinks.message(f"warning: {saved.error}{goes_on}")
+            return
+        self._sinks.checkpoint(
+            CheckpointRecord(
+                step=saved.step,
+                blocked_seconds=saved.blocked_seconds,
+                seconds=saved.seconds,
+                num_bytes=saved.num_bytes,
+                time_unix=time.time(),
+            )
+        )
+        blocked, seconds = format_duration(saved.blocked_seconds), format_duration(saved.seconds)
+        how = f"in {seconds}" if saved.blocked_seconds == saved.seconds else f"in {seconds}, training stood {blocked}"
+        self._sinks.message(f"checkpoint {saved.directory.name}: {format_bytes(saved.num_bytes)} {how}")
+        if saved.warning is not None:
+            self._sinks.message(f"warning: old checkpoints were not deleted: {saved.warning}")
+        if self._hook is not None:
+            self._say(self._hook.committed(saved.step, saved.directory))
+
+    def _say(self, sentences: list[str]) -> None:
+        for sentence in sentences:
+            self._sinks.message(sentence)
