@@ -36,7 +36,8 @@ class CheckpointConfig(Section):
     hook_timeout_seconds: float = Field(default=600.0, gt=0)
     """How long it may take; at its end a run waits as long for it."""
     resume: Literal["auto", "require", "never"] = "auto"
-    """auto: continue where a checkpoint is; require: refuse to start without one; never: refuse if there is one."""
+    """auto: continue from the newest undamaged checkpoint, if there is one; require: refuse to start without one, or
+    where the newest is damaged; never: refuse if there is one."""
     accept_changes: tuple[Change, ...] = ()
     """Differences from the checkpoint to go on with. ``data``: other data, weights of sources, seed or sequence length.
     ``optimizer``: another one, which starts afresh. ``frozen``: other parameters are trained than before; those that
