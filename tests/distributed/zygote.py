@@ -1,12 +1,14 @@
 """Run ``trainer train`` many times without paying its imports each time: one process imports, each run forks ranks.
 
-Reads one JSON object a line from stdin: {"argv": [...], "world": N, "env": {...}, "output": PATH}; answers with the
-ranks' exit codes (negative: killed by that signal). When one rank is killed the others are killed too, as their
-launcher's death would kill them, "grace_seconds" later. "kill" (forked_runs.Kill) signals ranks after progress was
-seen. Without "privileged" the ranks heed the modes of files even as root.
+Reads one JSON object a line from stdin: {"argv": [...], "world": N, "env": {...}, "output": PATH, "before": MODULE};
+``install()`` of the module, if one is named, is called in each rank first. Answers with the ranks' exit codes
+(negative: killed by that signal). When one rank is killed the others are killed too, as their launcher's death would
+kill them, "grace_seconds" later. "kill" (forked_runs.Kill) signals ranks after progress was seen. Without "privileged"
+the ranks heed the modes of files even as root.
 """
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -40,6 +42,8 @@ def child(job: dict, rank: int, port: int) -> None:
     from trainer.cli.main import main
 
     try:
+        if job.get("before"):
+            importlib.import_module(job["before"]).install()
         main()
     except SystemExit as end:
         os._exit(end.code if isinstance(end.code, int) else 1)

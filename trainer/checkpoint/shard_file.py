@@ -23,7 +23,9 @@ import numpy
 import torch
 import xxhash
 
-_DTYPES = {
+from trainer.core.private import file_mode
+
+DTYPES = {
     torch.float32: "F32",
     torch.float64: "F64",
     torch.bfloat16: "BF16",
@@ -56,7 +58,7 @@ class Entry:
     @property
     def place(self) -> tuple[str, str, int]:
         """Key, dtype as safetensors calls it, and number of elements."""
-        return self.key, _DTYPES[self.dtype], self.count
+        return self.key, DTYPES[self.dtype], self.count
 
     @property
     def num_bytes(self) -> int:
@@ -75,7 +77,7 @@ def padded(num_bytes: int) -> int:
 
 def header_of(places: Sequence[tuple[str, str, int]]) -> bytes:
     """Return the header of tensors that follow each other, with spaces up to a whole block."""
-    sizes = {name: dtype.itemsize for dtype, name in _DTYPES.items()}
+    sizes = {name: dtype.itemsize for dtype, name in DTYPES.items()}
     fields: dict[str, object] = {}
     offset = 0
     for key, dtype, count in places:
@@ -170,11 +172,11 @@ class _File:
     def __init__(self, path: Path) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            self._descriptor = os.open(path, flags | os.O_DIRECT, 0o600)
+            self._descriptor = os.open(path, flags | os.O_DIRECT, file_mode())
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            self._descriptor = os.open(path, flags, 0o600)
+            self._descriptor = os.open(path, flags, file_mode())
         self._path = path
 
     def __enter__(self) -> _File:
