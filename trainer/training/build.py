@@ -180,8 +180,9 @@ def _fill_engine(
         for problem in refuse_if_different(reader, facts, shapes, config_to_dictionary(config), accept):
             say(f"warning: accepted (checkpoint.accept_changed_data): {problem.key}: {problem.rule}")
         engine.load_state(reader, state.optimizer_steps)
-        if not restore_generators(reader, ranks, recipe.run.seed, state, recipe.parallel.tensor):
-            say(f"resuming {reader.world_size} ranks' checkpoint on {ranks.world_size}: random generators start anew")
+        if not restore_generators(reader, ranks, recipe, state):
+            now = ranks.world_size if ranks.world_size != reader.world_size else "as many, divided otherwise"
+            say(f"resuming {reader.world_size} ranks' checkpoint on {now}: random generators start anew")
         return
     if source is not None:
         section = _model_section(recipe, source)

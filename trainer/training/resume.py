@@ -53,10 +53,17 @@ def refuse_beyond_budget(recipe: Recipe, derived: Derived, sampler: Sampler) -> 
     raise RecipeError(Problem("run.steps", derived.total_steps, rule, fix), title="recipe refused")
 
 
-def restore_generators(reader: CheckpointReader, ranks: Ranks, seed: int, state: TrainState, tensor: int = 1) -> bool:
-    """Restore this rank's generators; at another number of ranks seed them anew. Return whether they were restored."""
-    if reader.world_size == ranks.world_size:
+def restore_generators(reader: CheckpointReader, ranks: Ranks, recipe: Recipe, state: TrainState) -> bool:
+    """Restore this rank's generators, or seed them anew where it has another place. Return whether they were restored.
+
+    Ranks that share activations must draw alike, and those that don't must not: another division of as many ranks
+    can't go on with the old ones.
+    """
+    parallel = recipe.parallel
+    places = {"pipeline": parallel.pipeline, "tensor": parallel.tensor, "sequence": parallel.sequence}
+    alike = all(reader.topology.get(axis, degree) == degree for axis, degree in places.items())
+    if reader.world_size == ranks.world_size and alike:
         random_state.restore(reader.random_states(ranks.rank))
         return True
-    random_state.seed_everything(seed, ranks.rank // tensor, state.step)
+    random_state.seed_everything(recipe.run.seed, ranks.rank // parallel.tensor, state.step)
     return False
