@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,17 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.data.shards import ShardWriter
 
 STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """Signal ``victims`` (ranks) ``delay_seconds`` after ``run`` has committed a step beyond ``newer_than``."""
+
+    run: Path
+    newer_than: int
+    delay_seconds: float
+    victims: list[int]
+    signal: int = signal.SIGKILL
 
 
 class Trainer:
@@ -45,7 +58,7 @@ class Trainer:
         self.process.stdin.close()
         self.process.wait(timeout=30)
 
-    def recipe(self, run: str, *, dropout: float = 0.1, **sections: Any) -> Path:
+    def recipe(self, run: str, /, *, dropout: float = 0.1, **sections: Any) -> Path:
         path = self.directory / f"{run}.yaml"
         config = {
             "model_type": "gpt2", "vocab_size": 512, "n_embd": 48, "n_layer": 2, "n_head": 2, "n_positions": 64,
@@ -71,11 +84,21 @@ class Trainer:
         path.write_text(yaml.safe_dump(recipe))
         return path
 
-    def train(self, recipe: Path, *overrides: str, world: int = 2, faults: str = "", before: str = "") -> list[int]:
+    def train(
+        self, recipe: Path, *overrides: str, world: int = 2, faults: str = "", before: str = "",
+        kill: Kill | None = None, grace_seconds: float = 0.0, privileged: bool = True,
+    ) -> list[int]:  # fmt: skip
+        """Run to the end and return the ranks' exit codes; ``grace_seconds`` after one was killed the others are.
+
+        ``install()`` of the module ``before`` is called in each rank first. Ranks that are not ``privileged`` heed the
+        modes of files even as root.
+        """
         output = recipe.with_suffix(".out")
         job = {
             "argv": ["train", str(recipe), *overrides], "world": world, "output": str(output),
-            "env": {"TRAINER_FAULTS": faults}, "before": before,
+            "env": {"TRAINER_FAULTS": faults}, "grace_seconds": grace_seconds,
+            "privileged": privileged, "before": before,
+            "kill": None if kill is None else asdict(kill) | {"run": str(kill.run)},
         }  # fmt: skip
         assert self.process.stdin is not None
         assert self.process.stdout is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from trainer.config.checkpoint import CheckpointConfig
 from trainer.core import faults
 from trainer.core.durable import fsync_directory, replace_text, write_durably
 from trainer.core.errors import CheckpointError
+from trainer.core.private import directory_mode
 
 
 class Commit:
@@ -31,7 +31,7 @@ class Commit:
 
     def reap(self) -> None:
         """Delete what interrupted saves left. Raises OSError if the directory of checkpoints can't be made."""
-        layout.checkpoints_directory(self._run).mkdir(mode=0o700, parents=True, exist_ok=True)
+        layout.checkpoints_directory(self._run).mkdir(mode=directory_mode(), parents=True, exist_ok=True)
         for leftover in layout.temporary_directories(self._run):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -62,7 +62,7 @@ class Commit:
         temporary = self.temporary(step)
         if temporary.exists():
             shutil.rmtree(temporary)
-        temporary.mkdir(mode=0o700)
+        temporary.mkdir(mode=directory_mode())
 
     def commit(self, step: int, plan: Plan, written: Sequence[tuple[int, str]], facts: dict[str, Any]) -> None:
         """Make the checkpoint exist; ``written`` is (bytes, hash) of every rank's section. Raises OSError.
@@ -73,7 +73,7 @@ class Commit:
         self._may_commit()
         faults.reach("checkpoint.before_manifest", rank=0, step=step)
         path = layout.manifest_path(temporary)
-        write_durably(path, json.dumps(manifest(step, plan, written, facts), separators=(",", ":")))
+        write_durably(path, layout.manifest_text(manifest(step, plan, written, facts)))
         fsync_directory(temporary)
         faults.reach("checkpoint.before_rename", rank=0, step=step, path=path)
         if final.exists():  # a damaged one of this step, passed over at resume; the new one replaces it

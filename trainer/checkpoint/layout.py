@@ -7,12 +7,18 @@ are regular files in the directory itself.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
+
+import xxhash
+
+from trainer.core.errors import Problem, RefusedError
 
 FORMAT = "trainer-checkpoint"
 VERSION = 3
@@ -23,11 +29,15 @@ VERSION_WITHOUT_CUTS = 1
 VERSIONS = (VERSION_WITHOUT_CUTS, VERSION_WITH_CUTS, VERSION)
 MANIFEST_NAME = "manifest.json"
 POINTER_NAME = "latest"
+MANIFEST_BYTES = 2**29
+"""No more is read. A manifest of 1024 ranks and 1000 tensors has about a tenth of it."""
 
 _STEP_NAME = re.compile(r"step-([0-9]{8,18})")
 _TEMPORARY_NAME = re.compile(r"\.step-([0-9]{8,18})\.tmp-.+")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _DIGEST = re.compile(r"[0-9a-f]{16}")
+_OWN_HASH = "manifest_xxh3_64"
+_OWN_HASH_AT_END = re.compile(rb',"manifest_xxh3_64":"([0-9a-f]{16})"\}\s*\Z')
 _POINTER_BYTES = 4096
 
 
@@ -73,25 +83,44 @@ def manifest_path(directory: Path) -> Path:
     return directory / MANIFEST_NAME
 
 
+def manifest_text(fields: dict[str, Any]) -> str:
+    """Return what a manifest of these fields holds: JSON whose last field is a hash of all that stands before it."""
+    text = json.dumps({name: value for name, value in fields.items() if name != _OWN_HASH}, separators=(",", ":"))
+    return f'{text[:-1]},"{_OWN_HASH}":"{xxhash.xxh3_64_hexdigest(text[:-1].encode())}"}}'
+
+
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """Return the manifest of ``directory``, None if it is missing, unreadable, not ours or of another step.
+    """Return the manifest of ``directory``, None if it is missing, damaged, not ours or of another step.
 
     The version is left to the reader: a checkpoint of a newer version exists, and must be refused aloud.
     """
-    path = manifest_path(directory)
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            return None
-        manifest: object = json.loads(path.read_bytes())
+        content = _manifest_bytes(manifest_path(directory))
+        manifest: object = json.loads(content)
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(manifest, dict):
+    own = _OWN_HASH_AT_END.search(content)  # manifests of older trainers, and edited ones, have none there
+    if not isinstance(manifest, dict) or (own and xxhash.xxh3_64_hexdigest(content[: own.start()]) != own[1].decode()):
         return None
     fields = cast("dict[str, Any]", manifest)
+    fields.pop(_OWN_HASH, None)
     step: object = fields.get("step")
     if fields.get("format") != FORMAT or type(step) is not int or step != parse_step_name(directory.name):
         return None
     return fields
+
+
+def _manifest_bytes(path: Path) -> bytes:
+    """Return what is in a manifest. Raises OSError unless it is a regular file of at most MANIFEST_BYTES."""
+    # O_NONBLOCK: a FIFO of that name must not make us wait.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        if found.st_size > MANIFEST_BYTES:
+            raise OSError(errno.EFBIG, f"larger than {MANIFEST_BYTES} bytes")
+        return file.read(MANIFEST_BYTES)
 
 
 def file_facts(parts: Sequence[tuple[int, str]]) -> dict[str, Any]:
@@ -112,7 +141,7 @@ def file_parts(facts: object) -> list[tuple[int, str]] | None:
     parts: list[tuple[int, str]] = []
     for part in cast("list[object]", listed):
         match part:
-            case [int(num_bytes), str(digest)] if num_bytes >= 0 and _DIGEST.fullmatch(digest):
+            case [int(num_bytes), str(digest)] if _is_size(num_bytes) and _DIGEST.fullmatch(digest):
                 parts.append((num_bytes, digest))
             case _:
                 return None
@@ -130,7 +159,11 @@ def find_problems(directory: Path) -> list[str]:
         return ["not a directory"]
     manifest = read_manifest(directory)
     if manifest is None:
-        return [f"{MANIFEST_NAME} is missing, unreadable or of another step"]
+        try:
+            _manifest_bytes(manifest_path(directory))
+        except OSError as error:
+            return [f"{MANIFEST_NAME} is missing or unreadable ({error.strerror})"]
+        return [f"{MANIFEST_NAME} is missing, damaged or of another step"]
     files: object = manifest.get("files")
     if not isinstance(files, dict) or not files:
         return [f"{MANIFEST_NAME} lists no files"]
@@ -166,6 +199,7 @@ def read_pointer(run_directory: Path) -> tuple[int, Path] | None:
 
     A kill between commit and pointer leaves ``latest`` one checkpoint behind; a resume should ask :func:`newest`.
     """
+    _refuse_way_out(run_directory)
     try:
         with pointer_path(run_directory).open("rb") as file:
             name = file.read(_POINTER_BYTES).decode("ascii").strip()
@@ -180,10 +214,28 @@ def read_pointer(run_directory: Path) -> tuple[int, Path] | None:
 
 
 def _entries(run_directory: Path) -> list[Path]:
+    """Return what is in RUN/checkpoints. Raises RefusedError if that leads out of the run."""
+    _refuse_way_out(run_directory)
     try:
         return sorted(checkpoints_directory(run_directory).iterdir())
     except OSError:
         return []
+
+
+def _refuse_way_out(run_directory: Path) -> None:
+    """Raise RefusedError if RUN/checkpoints is a link that leads out of the run."""
+    directory = checkpoints_directory(run_directory)
+    try:
+        leads_out = directory.is_symlink() and not directory.resolve().is_relative_to(run_directory.resolve())
+    except (OSError, RuntimeError):  # it leads to itself
+        leads_out = True
+    if leads_out:
+        rule, fix = "is a link out of the run", "move them into the run, or name one with room for them"
+        raise RefusedError(Problem("checkpoints", str(directory), rule, fix))
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _file_problem(directory: Path, name: object, facts: object) -> str | None:

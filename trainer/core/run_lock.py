@@ -20,6 +20,7 @@ from pathlib import Path
 
 from trainer.core.errors import Problem, RefusedError
 from trainer.core.lock_owner import RECORD_BYTES, Owner, Place, seconds_text
+from trainer.core.private import file_mode
 
 INTERVAL_SECONDS = 5.0
 """Between two heartbeats: on a network file system each is a small write."""
@@ -76,6 +77,7 @@ class RunLock:
         self._owner = Owner.new(self._place, interval_seconds)
         self._mutex = threading.Lock()  # the heartbeat and still_mine() write the same record
         self._ended = threading.Event()
+        self._lost = False
         self._descriptor = self._open_locked()
         try:
             self._take()
@@ -83,6 +85,11 @@ class RunLock:
             os.close(self._descriptor)
             raise
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
+
+    @property
+    def lost(self) -> bool:
+        """Whether another start is known to have taken the directory; a heartbeat old, and costs nothing."""
+        return self._lost
 
     def still_mine(self) -> bool:
         """Return whether no other start has taken the directory; False from then on. One small read and write.
@@ -94,6 +101,7 @@ class RunLock:
                 return False
             try:
                 if not self._is_mine() and not self._restored():
+                    self._lost = True
                     self._ended.set()
                     return False
                 self._owner = self._owner.refreshed()
@@ -174,7 +182,7 @@ class RunLock:
         for number in count():
             claim = self._path.with_name(f"{self._path.name}.claim-{number}")
             try:
-                descriptor = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                descriptor = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, file_mode())
             except FileExistsError:
                 if self._claimant_died(claim, seen):
                     continue
@@ -212,7 +220,7 @@ class RunLock:
     def _restored(self) -> bool:
         """Make RUN/.lock again where somebody deleted it; return whether that was so. Raises OSError."""
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, file_mode())
         except FileExistsError:
             return False
         with contextlib.suppress(OSError):
@@ -250,7 +258,7 @@ def _open(path: Path, flags: int) -> int:
     """Open a lock file. Raises RefusedError unless it is a regular file of this user with one name, OSError."""
     try:
         # O_NONBLOCK: a FIFO of that name must not make us wait.
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, file_mode())
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise _unusable(path, "is not a regular file") from error
