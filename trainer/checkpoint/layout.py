@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from trainer.checkpoint.manifest_rules import unsound_facts
 from trainer.core.errors import Problem, RefusedError
 
 FORMAT = "trainer-checkpoint"
@@ -154,6 +155,8 @@ def find_problems(directory: Path) -> list[str]:
     files: object = manifest.get("files")
     if not isinstance(files, dict) or not files:
         return [f"{MANIFEST_NAME} lists no files"]
+    if (unsound := unsound_facts(manifest)) is not None:
+        return [f"{MANIFEST_NAME}: {unsound}"]
     listed = cast("dict[object, object]", files)
     return [problem for name, facts in listed.items() if (problem := _file_problem(directory, name, facts))]
 
