@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from ranks import TESTS
 
+from trainer.checkpoint import layout
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.data.shards import ShardWriter
 
 STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """Signal ``victims`` (ranks) ``delay_seconds`` after ``run`` has committed a step beyond ``newer_than``."""
+
+    run: Path
+    newer_than: int
+    delay_seconds: float
+    victims: list[int]
+    signal: int = signal.SIGKILL
 
 
 class Trainer:
@@ -42,7 +58,7 @@ class Trainer:
         self.process.stdin.close()
         self.process.wait(timeout=30)
 
-    def recipe(self, run: str, *, dropout: float = 0.1, **sections: Any) -> Path:
+    def recipe(self, run: str, /, *, dropout: float = 0.1, **sections: Any) -> Path:
         path = self.directory / f"{run}.yaml"
         config = {
             "model_type": "gpt2", "vocab_size": 512, "n_embd": 48, "n_layer": 2, "n_head": 2, "n_positions": 64,
@@ -68,11 +84,21 @@ class Trainer:
         path.write_text(yaml.safe_dump(recipe))
         return path
 
-    def train(self, recipe: Path, *overrides: str, world: int = 2, faults: str = "") -> list[int]:
+    def train(
+        self, recipe: Path, *overrides: str, world: int = 2, faults: str = "", before: str = "",
+        kill: Kill | None = None, grace_seconds: float = 0.0, privileged: bool = True,
+    ) -> list[int]:  # fmt: skip
+        """Run to the end and return the ranks' exit codes; ``grace_seconds`` after one was killed the others are.
+
+        ``install()`` of the module ``before`` is called in each rank first. Ranks that are not ``privileged`` heed the
+        modes of files even as root.
+        """
         output = recipe.with_suffix(".out")
         job = {
             "argv": ["train", str(recipe), *overrides], "world": world, "output": str(output),
-            "env": {"TRAINER_FAULTS": faults},
+            "env": {"TRAINER_FAULTS": faults}, "grace_seconds": grace_seconds,
+            "privileged": privileged, "before": before,
+            "kill": None if kill is None else asdict(kill) | {"run": str(kill.run)},
         }  # fmt: skip
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -92,3 +118,23 @@ class Trainer:
 
     def status(self, run: str) -> dict[str, Any]:
         return json.loads((self.directory / run / "status.json").read_text())
+
+
+def exact_lines(trainer: Trainer, run: str) -> list[dict[str, Any]]:
+    """Return everything of the steps that two runs of the same recipe must share to the last bit."""
+    path = trainer.directory / run / "metrics.jsonl"
+    lines = [line for line in map(json.loads, path.read_text().splitlines()) if "kind" not in line]
+    own = {"time_unix", "memory_bytes", "tokens_per_second", "step_seconds", "data_wait_seconds"}
+    own |= {"forward_backward_seconds", "optimizer_seconds"}
+    return [{key: value for key, value in line.items() if key not in own} for line in lines]
+
+
+def tensors(run: Path, step: int | None = None) -> dict[tuple[str, str], torch.Tensor]:
+    """Return every tensor of a run's checkpoint (None: the newest): weights and optimizer state."""
+    found = layout.newest(run)
+    assert found is not None
+    directory = found[1] if step is None else layout.step_directory(run, step)
+    reader, manifest = CheckpointReader(directory), layout.read_manifest(directory)
+    assert manifest is not None
+    held = [(name, key) for name, entry in manifest["tensors"].items() for key in entry["states"]]
+    return {(name, key): reader.whole(name, key) for name, key in held}

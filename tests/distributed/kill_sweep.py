@@ -1,79 +1,191 @@
-"""Kill a run at random moments until it has finished in spite of it; compare it with an undisturbed one.
+"""Kill one run in every step of saving and at random: what was committed loads, and it ends as one left in peace.
 
-usage: kill_sweep.py --seed N [--kills 12]
+usage: kill_sweep.py --seed N [--kills 60] [--layout zero2|pipeline2|both]
+
+Each start must commit something new before it is killed. After each kill every committed checkpoint is opened and
+hashed. In the end losses, weights and moments must equal an undisturbed run's to the last bit.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import itertools
 import random
-import signal
-import subprocess
-import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tiny import write_recipe, write_world
+import torch
+from forked_runs import Kill, Trainer
+
+from trainer.checkpoint import layout
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.verify import damaged_files
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "zero2": {"deepspeed": {"base": "zero2"}},
+    "pipeline2": {"deepspeed": {"base": "zero1"}, "parallel": {"pipeline": 2}},
+}
+EVERY_STEPS = 2
+STEPS_A_KILL = 5
+"""No kill lets a run go further than this on average."""
+
+EVERY_RANK, FIRST_RANK = "01", "0"
+POINTS = [
+    # point, ranks that reach it, kinds of death, only in asynchronous saves
+    ("checkpoint.begin", EVERY_RANK, ["kill"], False),
+    ("checkpoint.copied", EVERY_RANK, ["kill"], True),
+    ("checkpoint.before_shard", EVERY_RANK, ["kill"], False),
+    ("checkpoint.in_shard", EVERY_RANK, ["kill", "truncate"], False),
+    ("checkpoint.shard_written", EVERY_RANK, ["kill", "truncate"], False),
+    ("checkpoint.before_manifest", FIRST_RANK, ["kill"], False),
+    ("checkpoint.before_rename", FIRST_RANK, ["kill", "truncate"], False),
+    ("checkpoint.before_pointer", FIRST_RANK, ["kill"], False),
+    ("checkpoint.committed", FIRST_RANK, ["kill"], False),
+    ("checkpoint.before_prune", FIRST_RANK, ["kill"], False),
+    ("checkpoint.in_prune", FIRST_RANK, ["kill"], False),
+]
 
 
-def losses(run: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "kind" not in line}
+@dataclass(frozen=True)
+class Attempt:
+    """How one start is to die: at a fault point of the save after the next, or a moment after a commit."""
+
+    asynchronous: bool
+    point: str | None = None
+    rank: str = "0"
+    kind: str = "kill"
+
+    @property
+    def name(self) -> str:
+        """The place in the protocol, for the summary."""
+        return f"{self.point or 'any moment'} ({'asynchronous' if self.asynchronous else 'synchronous'})"
 
 
-def start(recipe: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "trainer", "train", str(recipe)]
-    return subprocess.Popen(
-        command, cwd=recipe.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+def plan(draw: random.Random) -> Iterator[Attempt]:
+    """Yield attempts for ever, in rounds: each point once synchronously and once not, as often at a random moment."""
+    while True:
+        attempts = [
+            Attempt(asynchronous, point, draw.choice(ranks), draw.choice(kinds))
+            for point, ranks, kinds, only_asynchronous in POINTS
+            for asynchronous in ((True,) if only_asynchronous else (False, True))
+        ]
+        attempts += [Attempt(asynchronous) for asynchronous in (False, True) for _ in range(5)]
+        draw.shuffle(attempts)
+        yield from attempts
 
 
-def ranks_of(launcher: int) -> list[int]:
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return [int(child) for child in children]
+def newest(run: Path) -> int:
+    """Return the newest committed step, 0: none."""
+    return max((step for step, _ in layout.step_directories(run)), default=0)
+
+
+def refuse_damage(run: Path) -> int:
+    """Open and hash every checkpoint that exists; return how many. A step directory is one, or the test fails."""
+    directories = sorted(layout.checkpoints_directory(run).glob("step-*"))
+    assert [path for _, path in layout.step_directories(run)] == directories
+    for directory in directories:
+        assert damaged_files(directory) == [], directory
+        CheckpointReader(directory)
+    return len(directories)
+
+
+def tensors(run: Path) -> tuple[int, dict[tuple[str, str], torch.Tensor]]:
+    """Return step and every tensor of a run's newest checkpoint: weights and optimizer state."""
+    found = layout.newest(run)
+    assert found is not None
+    reader, manifest = CheckpointReader(found[1]), layout.read_manifest(found[1])
+    assert manifest is not None
+    held = [(name, key) for name, entry in manifest["tensors"].items() for key in entry["states"]]
+    return found[0], {(name, key): reader.whole(name, key) for name, key in held}
+
+
+class Sweep:
+    """One run that is killed, beside one that is not."""
+
+    def __init__(self, trainer: Trainer, layout_name: str, kills: int, draw: random.Random) -> None:
+        self.trainer, self.kills, self.draw = trainer, kills, draw
+        self.steps = STEPS_A_KILL * kills + 20
+        settings: dict[str, Any] = LAYOUTS[layout_name] | {
+            "checkpoint": {"every_steps": EVERY_STEPS, "keep_last": 2, "keep_every_steps": 50},
+            "evaluation": {"every_steps": 50},
+        }
+        self.straight, self.killed = (
+            trainer.recipe(f"{layout_name}-{name}", **settings, run={"steps": self.steps})
+            for name in ("straight", "killed")
+        )
+        self.run = trainer.directory / self.killed.stem
+        self.died: Counter[str] = Counter()
+        self.checked = 0
+
+    def kill(self, attempt: Attempt) -> None:
+        """Start, let it commit, kill it, and look at what is left."""
+        before = newest(self.run)
+        overrides = [f"checkpoint.asynchronous={str(attempt.asynchronous).lower()}"] if attempt.asynchronous else []
+        if attempt.point is None:
+            victims = self.draw.choice([[0], [1], [0, 1]])
+            target = before + EVERY_STEPS * self.draw.randint(0, 1)
+            kill = Kill(run=self.run, newer_than=target, delay_seconds=self.draw.uniform(0, 0.12), victims=victims)
+            codes = self.trainer.train(
+                self.killed, *overrides, kill=kill, grace_seconds=self.draw.choice([0.0, self.draw.uniform(0, 0.3)])
+            )
+        else:
+            step = before + 2 * EVERY_STEPS
+            faults = f"{attempt.point}:{attempt.rank}:{step}:{attempt.kind}"
+            codes = self.trainer.train(self.killed, *overrides, faults=faults)
+        said = self.killed.with_suffix(".out").read_text()[-2000:]
+        assert -9 in codes, f"{attempt}: nobody was killed, exit codes {codes}\n{said}"
+        assert newest(self.run) > before, f"{attempt}: killed before it had committed anything new\n{said}"
+        self.checked += refuse_damage(self.run)
+        self.died[attempt.name] += 1
+
+    def go(self, say: Callable[[str], None]) -> None:
+        """Kill the run as often as asked, let it finish, compare."""
+        began = time.monotonic()
+        self.trainer.check(self.trainer.train(self.straight), self.straight)
+        for number, attempt in enumerate(itertools.islice(plan(self.draw), self.kills), 1):
+            self.kill(attempt)
+            say(f"kill {number}: {attempt.name} rank {attempt.rank} {attempt.kind}, committed step {newest(self.run)}")
+        assert newest(self.run) < self.steps, "the last kill came after the last step"
+        self.trainer.check(self.trainer.train(self.killed), self.killed)
+        status = self.trainer.status(self.run.name)
+        assert status["attempt"] >= self.kills + 1
+        assert (status["state"], status["step"]) == ("finished", self.steps)
+        assert self.trainer.metrics(self.run.name) == self.trainer.metrics(self.straight.stem), "losses differ"
+        (step, expected), (found_step, found) = tensors(self.straight.with_suffix("")), tensors(self.run)
+        assert (found_step, found.keys()) == (step, expected.keys()) == (self.steps, expected.keys())
+        different = [key for key in expected if not torch.equal(found[key], expected[key])]
+        assert different == [], "tensors differ"
+        left = [path.name for path in layout.checkpoints_directory(self.run).iterdir() if path.name.startswith(".")]
+        assert left == []
+        say(
+            f"{self.run.name}: {self.kills} kills, {status['attempt']} attempts, {self.steps} steps, {self.checked}"
+            f" committed checkpoints opened and hashed after kills, 0 damaged; losses and {len(expected)} tensors"
+            f" identical; {time.monotonic() - began:.0f} s"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--kills", type=int, default=12)
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--layout", choices=[*LAYOUTS, "both"], default="both")
     arguments = parser.parse_args()
-    draw = random.Random(arguments.seed)
-    directory = Path(tempfile.mkdtemp(prefix="kill-sweep-"))
-    base = draw.choice(["zero1", "zero2", "zero3"])
-    write_world(directory)
 
-    def recipe_of(name: str) -> Path:
-        return write_recipe(
-            directory, f"{name}.yaml", run={"directory": name, "steps": 400}, checkpoint={"every_steps": 5},
-            deepspeed={"base": base}, launch={"processes": 2},
-        )  # fmt: skip
+    def say(text: str) -> None:
+        print(text, flush=True)
 
-    assert start(recipe_of("straight")).wait(600) == 0
-    killed = recipe_of("killed")
-    run = directory / "killed"
-    kills = 0
-    while True:
-        process = start(killed)
-        deadline = time.monotonic() + draw.uniform(6, 14)
-        while process.poll() is None and (kills >= arguments.kills or time.monotonic() < deadline):
-            time.sleep(0.02)
-        if process.poll() is not None:
-            break
-        victims = ranks_of(process.pid)
-        victim = draw.choice([*victims, process.pid]) if victims else process.pid
-        os.kill(victim, signal.SIGKILL)
-        process.wait(60)
-        kills += 1
-        print(f"kill {kills}: pid {victim} ({'launcher' if victim == process.pid else 'a rank'})", flush=True)
-        time.sleep(1)
-    assert process.returncode == 0, process.returncode
-    assert losses(run) == losses(directory / "straight"), "losses differ"
-    status = json.loads((run / "status.json").read_text())
-    print(f"seed {arguments.seed}: {kills} kills, {status['restarts']} restarts, {base}: identical")
+    with tempfile.TemporaryDirectory(prefix="kill-sweep-") as directory, Trainer(Path(directory)) as trainer:
+        for name in LAYOUTS if arguments.layout == "both" else [arguments.layout]:
+            sweep = Sweep(trainer, name, arguments.kills, random.Random(f"{arguments.seed} {name}"))
+            sweep.go(say)
+            for place, times in sorted(sweep.died.items()):
+                say(f"  {times:3d} {place}")
+    say(f"seed {arguments.seed}: passed")
 
 
 if __name__ == "__main__":

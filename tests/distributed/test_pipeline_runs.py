@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from forked_runs import STEPS, Trainer
+from forked_runs import STEPS, Trainer, tensors
 from safetensors.torch import load_file
 
-from trainer.checkpoint import layout
 from trainer.checkpoint.export import export_checkpoint
-from trainer.checkpoint.reader import CheckpointReader
 from trainer.evaluation.standalone import evaluate_model
 
 STAGES = {"parallel": {"pipeline": 2}}
@@ -24,16 +22,6 @@ STAGES = {"parallel": {"pipeline": 2}}
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     with Trainer(tmp_path_factory.mktemp("pipeline")) as made:
         yield made
-
-
-def tensors(run: Path) -> dict[tuple[str, str], torch.Tensor]:
-    """Every tensor of a run's newest checkpoint: weights and optimizer state."""
-    found = layout.newest(run)
-    assert found is not None
-    reader, manifest = CheckpointReader(found[1]), layout.read_manifest(found[1])
-    assert manifest is not None
-    held = [(name, key) for name, entry in manifest["tensors"].items() for key in entry["states"]]
-    return {(name, key): reader.whole(name, key) for name, key in held}
 
 
 @pytest.mark.parametrize(

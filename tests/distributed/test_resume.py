@@ -5,14 +5,13 @@ Each run is a process group of its own, forked from one that has imported torch 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
-from forked_runs import STEPS, Trainer
+from forked_runs import STEPS, Trainer, exact_lines
 
 from trainer.data.shards import ShardWriter
 
@@ -89,15 +88,6 @@ def test_killed_inside_a_batch_warmup_and_resumed_equals_undisturbed(trainer: Tr
         "12 = 2 micro x 3 accumulation x 2 ranks after a warm-up from 4 by 4 over 16 steps, 20 steps, 4.61k tokens"
     )
     assert summary in straight.with_suffix(".out").read_text()
-
-
-def exact_lines(trainer: Trainer, run: str) -> list[dict[str, Any]]:
-    """Everything of the steps that two runs of the same recipe must share to the last bit."""
-    path = trainer.directory / run / "metrics.jsonl"
-    lines = [line for line in map(json.loads, path.read_text().splitlines()) if "kind" not in line]
-    own = {"time_unix", "memory_bytes", "tokens_per_second", "step_seconds", "data_wait_seconds"}
-    own |= {"forward_backward_seconds", "optimizer_seconds"}
-    return [{key: value for key, value in line.items() if key not in own} for line in lines]
 
 
 @pytest.mark.parametrize(("base", "world", "micro"), [("zero3", 1, 2), ("zero1", 4, 1)])

@@ -94,11 +94,12 @@ def test_a_resume_with_other_data_is_refused_and_may_be_accepted(world: Path) ->
     changed = recipe(world, "run", run={"steps": 6}, checkpoint=checkpoint, data={"train": TWO})
     done = trainer("train", changed, cwd=world)
     assert done.returncode == 2
-    assert "checkpoint.accept_changed_data: true" in done.stderr
+    assert "checkpoint.accept_changes: [data]" in done.stderr
     assert len(steps(world, "run")) == 4
     done = trainer("train", changed, "checkpoint.accept_changed_data=true", cwd=world)
     assert done.returncode == 0, done.stderr
-    assert "accepted (checkpoint.accept_changed_data): data.train" in done.stdout + done.stderr
+    assert "accepted (checkpoint.accept_changes: [data]): data.train" in done.stdout + done.stderr
+    assert done.stdout.count("checkpoint.accept_changed_data is an old name") == 1
     assert steps(world, "run")[-1]["samples"] == 48
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -74,7 +73,7 @@ class Commit:
         self._may_commit()
         faults.reach("checkpoint.before_manifest", rank=0, step=step)
         path = layout.manifest_path(temporary)
-        write_durably(path, json.dumps(manifest(step, plan, written, facts), separators=(",", ":")))
+        write_durably(path, layout.manifest_text(manifest(step, plan, written, facts)))
         fsync_directory(temporary)
         faults.reach("checkpoint.before_rename", rank=0, step=step, path=path)
         if final.exists():  # a damaged one of this step, passed over at resume; the new one replaces it

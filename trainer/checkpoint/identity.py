@@ -16,7 +16,7 @@ _SHAPE_FIELDS = (
 )  # fmt: skip
 
 
-DATA_FIX = "restore it, use another run.directory, or set checkpoint.accept_changed_data: true to go on with other data"
+DATA_FIX = "restore it, use another run.directory, or set checkpoint.accept_changes: [data] to go on with other data"
 
 
 def data_identity(recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:

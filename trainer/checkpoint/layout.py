@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import xxhash
+
 from trainer.checkpoint.manifest_rules import unsound_facts
 from trainer.core.errors import Problem, RefusedError
 
@@ -35,6 +37,8 @@ _STEP_NAME = re.compile(r"step-([0-9]{8,18})")
 _TEMPORARY_NAME = re.compile(r"\.step-([0-9]{8,18})\.tmp-.+")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _DIGEST = re.compile(r"[0-9a-f]{16}")
+_OWN_HASH = "manifest_xxh3_64"
+_OWN_HASH_AT_END = re.compile(rb',"manifest_xxh3_64":"([0-9a-f]{16})"\}\s*\Z')
 _POINTER_BYTES = 4096
 
 
@@ -80,18 +84,27 @@ def manifest_path(directory: Path) -> Path:
     return directory / MANIFEST_NAME
 
 
+def manifest_text(fields: dict[str, Any]) -> str:
+    """Return what a manifest of these fields holds: JSON whose last field is a hash of all that stands before it."""
+    text = json.dumps({name: value for name, value in fields.items() if name != _OWN_HASH}, separators=(",", ":"))
+    return f'{text[:-1]},"{_OWN_HASH}":"{xxhash.xxh3_64_hexdigest(text[:-1].encode())}"}}'
+
+
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """Return the manifest of ``directory``, None if it is missing, unreadable, not ours or of another step.
+    """Return the manifest of ``directory``, None if it is missing, damaged, not ours or of another step.
 
     The version is left to the reader: a checkpoint of a newer version exists, and must be refused aloud.
     """
     try:
-        manifest: object = json.loads(_manifest_bytes(manifest_path(directory)))
+        content = _manifest_bytes(manifest_path(directory))
+        manifest: object = json.loads(content)
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(manifest, dict):
+    own = _OWN_HASH_AT_END.search(content)  # manifests of older trainers, and edited ones, have none there
+    if not isinstance(manifest, dict) or (own and xxhash.xxh3_64_hexdigest(content[: own.start()]) != own[1].decode()):
         return None
     fields = cast("dict[str, Any]", manifest)
+    fields.pop(_OWN_HASH, None)
     step: object = fields.get("step")
     if fields.get("format") != FORMAT or type(step) is not int or step != parse_step_name(directory.name):
         return None
@@ -151,7 +164,7 @@ def find_problems(directory: Path) -> list[str]:
             _manifest_bytes(manifest_path(directory))
         except OSError as error:
             return [f"{MANIFEST_NAME} is missing or unreadable ({error.strerror})"]
-        return [f"{MANIFEST_NAME} is missing, unreadable or of another step"]
+        return [f"{MANIFEST_NAME} is missing, damaged or of another step"]
     files: object = manifest.get("files")
     if not isinstance(files, dict) or not files:
         return [f"{MANIFEST_NAME} lists no files"]

@@ -23,17 +23,8 @@ def provenance(
     """Return the manifest's fields about topology, libraries, recipe, optimizer and frozen ``parameters``."""
     resolved = redacted(recipe.model_dump(mode="json"))
     return {
-        "topology": {
-            "world_size": mesh.world_size,
-            "pipeline": mesh.pipeline,
-            "tensor": mesh.tensor,
-            "sequence": mesh.sequence,
-            "expert": recipe.parallel.expert,
-            "data": mesh.data,
-            "zero_stage": zero_stage,
-            "nodes": num_nodes,
-        },
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "topology": {**topology_facts(mesh, recipe.parallel.expert, zero_stage), "nodes": num_nodes},
+        "libraries": library_versions(),
         "recipe": resolved,
         "recipe_digest": recipe_digest(resolved),
         "optimizer": {"name": recipe.optimizer.name},
@@ -51,6 +42,24 @@ def frozen_names(parameters: Iterable[str], patterns: Iterable[str]) -> list[str
     """Return the names of parameters that a recipe's ``model.freeze`` keeps as they are, sorted."""
     found = [re.compile(pattern) for pattern in patterns]
     return sorted(name for name in parameters if any(pattern.search(name) for pattern in found))
+
+
+def topology_facts(mesh: Topology, expert: int, zero_stage: int) -> dict[str, int]:
+    """Return how ranks share the work, as a manifest says it."""
+    return {
+        "world_size": mesh.world_size,
+        "pipeline": mesh.pipeline,
+        "tensor": mesh.tensor,
+        "sequence": mesh.sequence,
+        "expert": expert,
+        "data": mesh.data,
+        "zero_stage": zero_stage,
+    }
+
+
+def library_versions() -> dict[str, str | None]:
+    """Return the versions of the libraries that decide what a step computes, None where one is not installed."""
+    return {name: _version(name) for name in LIBRARIES}
 
 
 def _version(package: str) -> str | None:

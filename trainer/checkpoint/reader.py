@@ -16,13 +16,14 @@ from trainer.checkpoint import layout, random_state
 from trainer.checkpoint.manifest_rules import unsound
 from trainer.checkpoint.pieces import Numbers, find_pieces, fits, split_at
 from trainer.checkpoint.sections import prefix_of
-from trainer.checkpoint.shard_reader import DTYPES, ShardReader
+from trainer.checkpoint.shard_file import DTYPES
+from trainer.checkpoint.shard_reader import ShardReader
 from trainer.checkpoint.writer import slice_key
 from trainer.core.errors import CheckpointError
 from trainer.parallel.cut import Cut
 
 _OPEN_FILES = 32
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,11 @@ class CheckpointReader:
         self._open: OrderedDict[str, None] = OrderedDict()
         """Shards whose file may be open, the least recently read first."""
         self._index: dict[tuple[str, str], _Held] = {}
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors that were read so far."""
+        return sum(shard.bytes_read for shard in self._readers.values())
 
     def names(self) -> list[str]:
         """Return the names of all logical tensors."""

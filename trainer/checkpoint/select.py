@@ -20,7 +20,7 @@ def choose(
     Damaged ones are passed over, aloud. Raises RecipeError where ``resume`` forbids what is found, CheckpointError
     where checkpoints are there but all are damaged: starting over would bury them.
     """
-    found = ranks.from_first([str(path) for _, path in layout.step_directories(run_directory)])
+    found, pointer = ranks.from_first((_step_directories(run_directory), _wrong_pointer(run_directory)))
     if resume == "never" and found:
         raise RecipeError(
             Problem(
@@ -30,14 +30,20 @@ def choose(
                 "use another run.directory, or checkpoint.resume=auto to continue",
             )
         )
+    if pointer and found:
+        say(f"{pointer}: passed over, the next checkpoint replaces it")
     for name in reversed(found):
         directory = Path(name)
         # Ranks share the hashing: each takes every n-th file.
         found_by_rank = ranks.gather(damaged_files(directory, ranks.rank, ranks.world_size))
-        problems = [problem for found_here in found_by_rank for problem in found_here]
+        problems = "; ".join(sorted({problem for found_here in found_by_rank for problem in found_here}))
         if not problems:
             return directory
-        say(f"passing over damaged checkpoint {directory.name}: " + "; ".join(sorted(set(problems))))
+        if resume == "require":
+            rule = f"the newest checkpoint {directory} is damaged: {problems}"
+            fix = "restore it, or use checkpoint.resume=auto to continue from one before it"
+            raise RecipeError(Problem("checkpoint.resume", "require", rule, fix))
+        say(f"passing over damaged checkpoint {directory.name}: {problems}")
     if found:
         raise CheckpointError(f"{run_directory}: all {len(found)} checkpoints are damaged; nothing was changed")
     if resume == "require":
@@ -46,4 +52,27 @@ def choose(
                 "checkpoint.resume", "require", f"{run_directory} holds no checkpoint", "use checkpoint.resume=auto"
             )
         )
+    return None
+
+
+def _step_directories(run_directory: Path) -> list[str]:
+    """Return the directories that have the name of a step, oldest first; their manifest may be missing or damaged.
+
+    A directory gets this name together with its manifest, so one without was damaged since.
+    """
+    directory = layout.checkpoints_directory(run_directory)
+    paths = list(directory.iterdir()) if directory.is_dir() else []
+    found = [(step, path) for path in paths if (step := layout.parse_step_name(path.name)) is not None]
+    return [str(path) for _, path in sorted(found) if path.is_dir() and not path.is_symlink()]
+
+
+def _wrong_pointer(run_directory: Path) -> str | None:
+    """Return what is wrong with ``latest``, None if it names a checkpoint: that of before a kill may be named."""
+    path = layout.pointer_path(run_directory)
+    try:
+        name = path.read_bytes()[:100].decode(errors="replace").strip()
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    if layout.parse_step_name(name) is None or not (path.parent / name).is_dir():
+        return f"{path} names no checkpoint ({name!r})"
     return None

@@ -25,7 +25,7 @@ import xxhash
 
 from trainer.core.private import file_mode
 
-_DTYPES = {
+DTYPES = {
     torch.float32: "F32",
     torch.float64: "F64",
     torch.bfloat16: "BF16",
@@ -58,7 +58,7 @@ class Entry:
     @property
     def place(self) -> tuple[str, str, int]:
         """Key, dtype as safetensors calls it, and number of elements."""
-        return self.key, _DTYPES[self.dtype], self.count
+        return self.key, DTYPES[self.dtype], self.count
 
     @property
     def num_bytes(self) -> int:
@@ -77,7 +77,7 @@ def padded(num_bytes: int) -> int:
 
 def header_of(places: Sequence[tuple[str, str, int]]) -> bytes:
     """Return the header of tensors that follow each other, with spaces up to a whole block."""
-    sizes = {name: dtype.itemsize for dtype, name in _DTYPES.items()}
+    sizes = {name: dtype.itemsize for dtype, name in DTYPES.items()}
     fields: dict[str, object] = {}
     offset = 0
     for key, dtype, count in places:

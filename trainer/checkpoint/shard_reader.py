@@ -18,19 +18,10 @@ import numpy as np
 import torch
 
 from trainer.checkpoint.pieces import Numbers
+from trainer.checkpoint.shard_file import DTYPES
 from trainer.core.errors import CheckpointError
 
-DTYPES = {
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _PAGE_BYTES = 4096
 """Pieces nearer than that are read together: the disk reads the page between them anyway."""
 _BLOCK_BYTES = 1 << 20
@@ -142,11 +133,11 @@ class ShardReader:
                 continue
             match facts:
                 case {"dtype": str(name), "shape": [int(count)], "data_offsets": [int(low), int(high)]} if (
-                    name in DTYPES
+                    name in _DTYPES
                     and 0 <= low <= high <= size - 8 - length
-                    and high - low == count * DTYPES[name].itemsize
+                    and high - low == count * _DTYPES[name].itemsize
                 ):
-                    places[key] = _Place(DTYPES[name], count, 8 + length + low)
+                    places[key] = _Place(_DTYPES[name], count, 8 + length + low)
                 case _:
                     raise CheckpointError(f"{self._path}: what its header says of {key} is no flat tensor in this file")
         return places

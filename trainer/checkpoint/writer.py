@@ -224,7 +224,7 @@ class CheckpointWriter:
         assert self._section is not None
         rank, path = self._ranks.rank, self._commit.temporary(step) / self._section.file
         try:
-            faults.reach("checkpoint.before_shard", rank=rank, step=step)
+            faults.reach("checkpoint.before_shard", rank=rank, step=step, path=path)
             image = self._image
             chunks = image.chunks() if image else streamed(self._section.header, [*entries, *self._padding()])
             written = write_section(

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from trainer.cli.checkpoint_import import import_checkpoint
+
 app = typer.Typer(help="Look after the checkpoints of a run.", no_args_is_help=True)
+app.command("import")(import_checkpoint)
 _RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.", show_default=False)]
 
 

@@ -6,9 +6,12 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from trainer.config.run import Recipe
 
 
 def train(
@@ -51,9 +54,8 @@ def _launch(recipe: Path, overrides: list[str]) -> int:
 
     prepared = prepare(recipe, overrides, None)
     directory = Path(prepared.recipe.run.directory)
-    if (done := finished_step(directory, prepared.derived.total_steps)) is not None:
-        print(f"already finished: at step {done}, {prepared.derived.total_steps} asked for, in {directory}")
-        print("raise run.steps to continue it, or use another run.directory")
+    if (words := already_finished(prepared.recipe, prepared.derived.total_steps)) is not None:
+        print(words)
         return 0
     keep_private(prepared.recipe.run.group_access)
     refuse_if_held(directory)
@@ -66,12 +68,26 @@ def _launch(recipe: Path, overrides: list[str]) -> int:
     return code
 
 
-def finished_step(directory: Path, total_steps: int) -> int | None:
-    """Return the newest committed step if the run has reached its last one."""
+def already_finished(recipe: Recipe, total_steps: int) -> str | None:
+    """Return how the run has ended if there is nothing left to do: its last step reached, or early stopping."""
     from trainer.checkpoint import layout
+    from trainer.evaluation.best import BestEvaluation, stopping_reason
 
+    directory = Path(recipe.run.directory)
     newest = layout.newest(directory)
-    return newest[0] if newest is not None and newest[0] >= total_steps else None
+    if newest is None:
+        return None
+    step, path = newest
+    where = f"at step {step}, {total_steps} asked for, in {directory}"
+    if step >= total_steps:
+        return f"already finished: {where}\nraise run.steps to continue it, or use another run.directory"
+    train = (layout.read_manifest(path) or {}).get("state", {}).get("train", {})
+    best = BestEvaluation.from_json(train.get("best", {}))
+    reason = stopping_reason(recipe, best) if best is not None else None
+    if reason is None:
+        return None
+    fix = "raise evaluation.early_stopping.patience to continue it, or use another run.directory"
+    return f"already finished: {where}: {reason}\n{fix}"
 
 
 def note_silent_end(directory: Path, code: int, started_unix: float) -> None:

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from trainer.config.section import Section
 
+Change = Literal["data", "optimizer", "frozen"]
+
 
 class CheckpointConfig(Section):
     """Checkpoints are logical tensors + one JSON manifest; they load at any ZeRO stage and world size."""
@@ -18,6 +20,9 @@ class CheckpointConfig(Section):
     """Newest checkpoints to keep."""
     keep_every_steps: int | None = Field(default=None, ge=1)
     """Checkpoints at multiples of this are never deleted."""
+    keep_best: bool = False
+    """Save after every evaluation that is the best so far, and never delete the best one. What is compared:
+    ``evaluation.early_stopping.metric``, or the mean over ``data.validation``."""
     asynchronous: bool = True
     """Write in the background: training stands still only while state is copied to memory, which is kept for it: as
     much as a rank writes. Where that does not fit, or state lies on NVMe, training waits, and says so."""
@@ -31,6 +36,16 @@ class CheckpointConfig(Section):
     hook_timeout_seconds: float = Field(default=600.0, gt=0)
     """How long it may take; at its end a run waits as long for it."""
     resume: Literal["auto", "require", "never"] = "auto"
-    """auto: continue where a checkpoint is; require: refuse to start without one; never: refuse if there is one."""
+    """auto: continue from the newest undamaged checkpoint, if there is one; require: refuse to start without one, or
+    where the newest is damaged; never: refuse if there is one."""
+    accept_changes: tuple[Change, ...] = ()
+    """Differences from the checkpoint to go on with. ``data``: other data, weights of sources, seed or sequence length.
+    ``optimizer``: another one, which starts afresh. ``frozen``: other parameters are trained than before; those that
+    were frozen start without optimizer state."""
     accept_changed_data: bool = False
-    """Continue although the data, their weights or their order differ from what the checkpoint was trained on."""
+    """Old name of ``accept_changes: [data]``."""
+
+    @property
+    def accepted(self) -> frozenset[Change]:
+        """``accept_changes``, whichever name it was given by."""
+        return frozenset((*self.accept_changes, *(("data",) if self.accept_changed_data else ())))

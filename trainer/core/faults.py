@@ -1,15 +1,19 @@
 """Fault points for tests: named places where a test may kill, delay or fail a rank. Off unless a flag is set.
 
 ``TRAINER_FAULTS=point:rank:step:kind[,...]`` with ``TRAINER_ALLOW_FAULTS=1``. ``step`` or ``rank`` may be ``*``.
-Kinds: ``kill`` (SIGKILL to this process), ``raise``, ``enospc`` (OSError), ``truncate`` (cut the file at hand in half,
-then SIGKILL: what a kill in the middle of a write leaves behind), ``signal`` (SIGUSR1 to this rank alone), ``sleep``
-(for an hour).
+Kinds: ``kill`` (SIGKILL to this process), ``raise``, ``enospc``, ``eio`` (OSError), ``truncate`` (cut the file at hand
+in half, then SIGKILL: what a kill in the middle of a write leaves behind), ``signal`` (SIGUSR1 to this rank alone),
+``sleep`` (for an hour). Some make the system itself refuse what follows: ``fill`` (fill the file system beside the file
+at hand, which must be a small one), ``chmod`` (take the right to write from its directory), ``fsize`` (limit files of
+this process to 256 KiB) and ``nofsize`` (no longer).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -30,11 +34,27 @@ def _strike(kind: str, point: str, path: Path | None) -> None:
         os.truncate(path, path.stat().st_size // 2)
     if kind in ("kill", "truncate"):
         os.kill(os.getpid(), signal.SIGKILL)
-    elif kind == "enospc":
-        raise OSError(errno.ENOSPC, f"injected at {point}")
+    elif kind in ("enospc", "eio"):
+        number = errno.ENOSPC if kind == "enospc" else errno.EIO
+        raise OSError(number, f"{os.strerror(number)}, injected at {point}")
+    elif kind == "fill" and path is not None:
+        _fill(path.with_name("fill"))
+    elif kind == "chmod" and path is not None:
+        path.parent.chmod(0o500)
+    elif kind in ("fsize", "nofsize"):
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**18 if kind == "fsize" else most, most))
     elif kind == "signal":
         os.kill(os.getpid(), signal.SIGUSR1)
     elif kind == "sleep":
         time.sleep(3600)
     else:
         raise RuntimeError(f"injected at {point}")
+
+
+def _fill(path: Path) -> None:
+    """Write until the file system has no room left. Raises RuntimeError if it has more than 64 MiB."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        for _ in range(64 * 256):
+            file.write(bytes(4096))
+        raise RuntimeError(f"{path.parent} is not on a small file system")

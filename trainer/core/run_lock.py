@@ -77,6 +77,7 @@ class RunLock:
         self._owner = Owner.new(self._place, interval_seconds)
         self._mutex = threading.Lock()  # the heartbeat and still_mine() write the same record
         self._ended = threading.Event()
+        self._lost = False
         self._descriptor = self._open_locked()
         try:
             self._take()
@@ -84,6 +85,11 @@ class RunLock:
             os.close(self._descriptor)
             raise
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
+
+    @property
+    def lost(self) -> bool:
+        """Whether another start is known to have taken the directory; a heartbeat old, and costs nothing."""
+        return self._lost
 
     def still_mine(self) -> bool:
         """Return whether no other start has taken the directory; False from then on. One small read and write.
@@ -95,6 +101,7 @@ class RunLock:
                 return False
             try:
                 if not self._is_mine() and not self._restored():
+                    self._lost = True
                     self._ended.set()
                     return False
                 self._owner = self._owner.refreshed()

@@ -7,7 +7,7 @@ from typing import Any
 
 import deepspeed
 from torch import distributed
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from trainer.config.run import Recipe
 from trainer.core.environ import RankEnvironment
@@ -23,7 +23,7 @@ from trainer.engine.upstream import lazy_muon, no_shared_memory_build
 from trainer.engine.upstream.stage0_bfloat16 import stage0_bfloat16_engine
 from trainer.engine.upstream.zero3_sharding import Zero3Sharding
 from trainer.engine.zero import ZeroEngine
-from trainer.models.build import build_model, skeleton
+from trainer.models.build import build_model, cuts_of, skeleton
 from trainer.models.loss import LossSpec
 from trainer.models.shard_expert import shard_experts
 from trainer.models.shard_sequence import ATTENTION, SequenceAttention
@@ -61,10 +61,13 @@ def build_engine(
     *,
     from_scratch: bool = False,
 ) -> ZeroEngine | StagedEngine:
-    """Return the engine of this rank. ``from_scratch`` skips pretrained weights (a checkpoint will replace them)."""
+    """Return the engine of this rank. ``from_scratch`` skips pretrained weights: a checkpoint will replace them.
+
+    No rank then holds more of the model than it keeps, and a module.
+    """
     model = recipe.model.model_copy(update={"path": None}) if from_scratch else recipe.model
     if recipe.parallel.pipeline > 1:
-        return build_staged_engine(recipe, model, config, deepspeed_json, loss, environment)
+        return build_staged_engine(recipe, model, config, deepspeed_json, loss, environment, from_scratch=from_scratch)
     stage = deepspeed_json["zero_optimization"]["stage"]
 
     def largest_parameter() -> int:
@@ -78,6 +81,17 @@ def build_engine(
     if recipe.parallel.sequence > 1:
         sequence = SequenceAttention(axis_group(mesh, "sequence"), config)
         model = model.model_copy(update={"attention": ATTENTION})
+    group = axis_group(mesh, "tensor") if recipe.parallel.tensor > 1 else None
+    experts = ExpertGroups(recipe.parallel.expert) if recipe.parallel.expert > 1 else None
+
+    def divide(whole: PreTrainedModel) -> PreTrainedModel:
+        if group is not None:
+            shard_tensor(whole, group)
+        if experts is not None:
+            shard_experts(whole, experts.ranks, experts.name)
+        return whole
+
+    divided = group is not None or experts is not None
     network = build_model(
         model,
         config,
@@ -85,16 +99,11 @@ def build_engine(
         device=device,
         rank=environment.rank,
         sharding=Zero3Sharding(deepspeed_json) if stage == 3 else None,
+        cuts=cuts_of(divide(skeleton(model, config))) if from_scratch and divided else None,
     )
-    tensor = None
-    if recipe.parallel.tensor > 1:
-        group = axis_group(mesh, "tensor")
-        shard_tensor(network, group)
-        tensor = TensorGroups(mesh, group)
-    experts = None
-    if recipe.parallel.expert > 1:
-        experts = ExpertGroups(recipe.parallel.expert)
-        shard_experts(network, experts.ranks, experts.name)
+    divide(network)
+    tensor = TensorGroups(mesh, group) if group is not None else None
+    if experts is not None:
         network.add_module("expert_groups", experts)
     prepare_expert_lists(network, stage)
     prepare_network(network, recipe)

@@ -24,7 +24,7 @@ from trainer.engine.pipeline_module import MicroBatches, StageModule
 from trainer.engine.state_replicated import persistent_buffers
 from trainer.engine.upstream.stage0_bfloat16 import stage0_bfloat16_engine
 from trainer.models.balance import Costs, balance
-from trainer.models.build import build_model, freeze, skeleton
+from trainer.models.build import build_model, cuts_of, freeze, skeleton
 from trainer.models.costs import flops_costs, layer_costs, parameter_costs
 from trainer.models.loss import LossSpec
 from trainer.models.measure import time_costs
@@ -42,8 +42,13 @@ def build_staged_engine(
     deepspeed_json: dict[str, Any],
     loss: LossSpec,
     environment: RankEnvironment,
+    *,
+    from_scratch: bool,
 ) -> StagedEngine:
-    """Return the engine of this rank's stage. Raises RecipeError, on all ranks alike, if the model can't be cut."""
+    """Return the engine of this rank's stage; see build_engine for ``from_scratch``.
+
+    Raises RecipeError, on all ranks alike, if the model can't be cut.
+    """
     topology = mesh_of(recipe.parallel, environment.world_size)
     place = topology.place(environment.rank)
     device = training_device(environment.local_rank)
@@ -53,9 +58,13 @@ def build_staged_engine(
     bounds = split(whole, anatomy, recipe, config, device)
     _refuse_frozen_stage(whole, anatomy, bounds)
     part = StagePart(anatomy, bounds[place.stage], bounds[place.stage + 1])
-    network = build_model(model, config, seed=recipe.run.seed, device=device, part=part)
-    if topology.tensor > 1:
-        shard_tensor(network, axis_group(topology, "tensor"))
+    group = axis_group(topology, "tensor") if topology.tensor > 1 else None
+    cuts = None
+    if group is not None and from_scratch:
+        cuts = cuts_of(shard_tensor(skeleton(model, config), group))
+    network = build_model(model, config, seed=recipe.run.seed, device=device, part=part, cuts=cuts)
+    if group is not None:
+        shard_tensor(network, group)
     prepare_expert_lists(network, deepspeed_json["zero_optimization"]["stage"])
     prepare_network(network, recipe, whole)
     if recipe.memory.tiled_loss and part.is_last:

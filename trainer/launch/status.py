@@ -39,6 +39,8 @@ class RunStatus:
     reason: str | None
     updated_unix: float | None
     loss: float | None
+    best_validation_loss: float | None
+    best_step: int | None
     tokens_per_second: float | None
     remaining_seconds: float | None
     goodput_fraction: float | None
@@ -83,6 +85,8 @@ def collect(run_directory: Path) -> RunStatus:
         reason=_text(fields.get("reason")),
         updated_unix=_number(fields.get("updated_unix")),
         loss=metrics.loss,
+        best_validation_loss=_number(fields.get("best_validation_loss")),
+        best_step=_whole(fields.get("best_step")),
         tokens_per_second=metrics.tokens_per_second,
         remaining_seconds=remaining,
         goodput_fraction=metrics.goodput_fraction,
@@ -110,6 +114,8 @@ def describe(status: RunStatus) -> str:
         left = f", {format_duration(status.remaining_seconds)} left" if status.remaining_seconds is not None else ""
         rows.append(("step", f"{status.step}{total}{left}"))
     rows.append(("loss", f"{status.loss:.4f}" if status.loss is not None else None))
+    if status.best_validation_loss is not None:
+        rows.append(("validation", f"{status.best_validation_loss:.4f} at its best, step {status.best_step}"))
     rows.append(("tokens/s", format_count(status.tokens_per_second) if status.tokens_per_second is not None else None))
     rows.append(("goodput", f"{status.goodput_fraction:.1%}" if status.goodput_fraction is not None else None))
     if status.checkpoints:

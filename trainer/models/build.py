@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 import torch
@@ -28,6 +29,7 @@ from trainer.models.load import loading_options
 from trainer.models.load_part import load_part
 from trainer.models.stages import StagePart, prune, vacate
 from trainer.models.vocabulary import config_of_files, with_rows
+from trainer.parallel.cut import Cut, cut_of
 
 _CONSTRUCTED = "_constructor_values"
 _SMALL = 1 << 16
@@ -59,12 +61,14 @@ def build_model(
     rank: int = 0,
     sharding: Sharding | None = None,
     part: StagePart | None = None,
+    cuts: Mapping[str, Cut] | None = None,
 ) -> PreTrainedModel:
     """Return the model in ``model.dtype`` on ``device``: initialised from ``seed``, or loaded from ``model.path``.
 
     With ``sharding`` no rank holds a full copy; of a pretrained model only rank 0 does, while it hands it out.
-    With ``part`` only the parameters of that pipeline stage are kept, or read. Raises RecipeError when transformers
-    can't build or load it.
+    With ``part`` only the parameters of that pipeline stage are kept, or read. With ``cuts``, by name, only parts of
+    parameters are kept, for a model that a checkpoint is going to fill: its values are those of no seed.
+    Raises RecipeError when transformers can't build or load it.
     """
     torch.manual_seed(seed)
     try:
@@ -72,7 +76,7 @@ def build_model(
             network = skeleton(model, config)
             torch.manual_seed(seed)  # again: some constructors draw, and stages must all draw the same
             fill = _Initialiser(network, sharding, scaled=model.initialization == "scaled_residual")
-            _fill(network, device, getattr(torch, model.dtype), fill, sharding, part)
+            _fill(network, device, getattr(torch, model.dtype), fill, sharding, part, cuts or {})
             if fill.scaled and not fill.num_scaled:
                 raise ValueError("model.initialization: scaled_residual finds no matrix that ends a block")
         else:
@@ -126,6 +130,12 @@ def skeleton(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
     network.tie_weights()
     config.dtype = model.dtype
     return network
+
+
+def cuts_of(network: PreTrainedModel) -> dict[str, Cut]:
+    """Return how the parameters of a divided model, or skeleton, are cut, by each of their names."""
+    named = network.named_parameters(remove_duplicate=False)
+    return {name: cut for name, parameter in named if (cut := cut_of(parameter)) is not None}
 
 
 @contextlib.contextmanager
@@ -202,6 +212,7 @@ def _fill(
     fill: _Initialiser | _Copier,
     sharding: Sharding | None,
     part: StagePart | None = None,
+    cuts: Mapping[str, Cut] = MappingProxyType({}),
 ) -> None:
     """Allocate, fill, cast and shard module by module, children first (the order of transformers' own pass).
 
@@ -213,8 +224,8 @@ def _fill(
     foreign = set(part.foreign_modules()) if part else set[str]()
     shared = {id(parameter) for _, parameter in part.tied_copies(network)} if part else set[int]()
 
-    def allocate(module: nn.Module) -> list[nn.Parameter]:
-        fresh: list[nn.Parameter] = []
+    def allocate(module: nn.Module) -> dict[str, nn.Parameter]:
+        fresh: dict[str, nn.Parameter] = {}
         constructed = module.__dict__.pop(_CONSTRUCTED, {})
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.is_meta:
@@ -225,7 +236,7 @@ def _fill(
                 value = torch.full(parameter.shape, math.nan, device=device) if value is None else value.float()
                 real = nn.Parameter(value.to(device), requires_grad=parameter.requires_grad)
                 made[id(parameter)] = real
-                fresh.append(real)
+                fresh[name] = real
             module._parameters[name] = made[id(parameter)]
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
@@ -236,9 +247,13 @@ def _fill(
             visit(child, child if isinstance(child, PreTrainedModel) else owner, f"{prefix}.{name}" if prefix else name)
         fresh = allocate(module)
         fill(owner, module, prefix)
-        for parameter in fresh:
+        for name, parameter in fresh.items():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
+            cut = cuts.get(f"{prefix}.{name}" if prefix else name)
+            if cut is not None:
+                parameter.data = cut.take(parameter.data)
+                parameter.cut = cut  # type: ignore[attr-defined]
             if sharding is not None:
                 sharding.shard(parameter)
         if prefix in foreign:

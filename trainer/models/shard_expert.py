@@ -13,7 +13,7 @@ from torch import distributed, nn
 from transformers import PreTrainedModel
 
 from trainer.core.errors import Problem, RecipeError
-from trainer.parallel.cut import Cut
+from trainer.parallel.cut import Cut, cut_of, whole_shape_of
 from trainer.parallel.exchange import send_rows
 
 Group = distributed.ProcessGroup
@@ -40,7 +40,7 @@ def _are_experts(name: str, module: nn.Module) -> bool:
     count = getattr(module, "num_experts", None)
     if name.rpartition(".")[2] != "experts" or not weights or count is None:
         return False
-    return all(weight.shape[0] == count for weight in weights)
+    return all(whole_shape_of(weight)[0] == count for weight in weights)  # built in parts, or whole
 
 
 def _share(module: Any, group: Group, group_name: str) -> None:
@@ -51,8 +51,9 @@ def _share(module: Any, group: Group, group_name: str) -> None:
         raise RecipeError(Problem("parallel.expert", ranks, rule, f"use one of {divisors}"))
     cut = Cut(0, group.rank(), ranks)
     for parameter in module.parameters(recurse=False):
-        parameter.data = cut.take(parameter.data)
-        parameter.cut = cut
+        if cut_of(parameter) is None:  # not built so
+            parameter.data = cut.take(parameter.data)
+            parameter.cut = cut
         parameter.expert_ranks = ranks
         parameter.allreduce, parameter.group_name = False, group_name  # what DeepSpeed knows experts by
     module.num_experts = count // ranks

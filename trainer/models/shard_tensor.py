@@ -28,10 +28,11 @@ _ROWS = ("rowwise", "rowwise_split_input", "packed_rowwise")
 _OTHERS = ("moe_tp_experts", "replicated_with_grad_allreduce")
 
 
-def shard_tensor(network: PreTrainedModel, group: Group) -> None:
+def shard_tensor(network: PreTrainedModel, group: Group) -> PreTrainedModel:
     """Keep this rank's part of every layer the plan divides, and of embedding and head where they can be divided.
 
-    Raises RecipeError, on all ranks alike, for a model that can't be divided so.
+    Returns ``network``, which may be a skeleton. Raises RecipeError, on all ranks alike, for a model that can't be
+    divided so.
     """
     config: Any = network.config.get_text_config()
     plan = tensor_plan(network)
@@ -47,6 +48,7 @@ def shard_tensor(network: PreTrainedModel, group: Group) -> None:
             module = network.get_submodule(name)
             setattr(module, attribute, getattr(module, attribute) // group.size())
     _share_vocabulary(network, group)
+    return network
 
 
 def tensor_plan(network: PreTrainedModel) -> dict[str, str]:
@@ -178,14 +180,13 @@ def _share_embedding(embedding: nn.Embedding, group: Group) -> None:
 
 
 def _cut(parameter: nn.Parameter, dim: int, group: Group, chunks: int = 1) -> None:
-    if cut_of(parameter) is not None:  # tied, and cut already
-        return
-    cut = Cut(dim, group.rank(), group.size(), chunks)
-    try:
-        parameter.data = cut.take(parameter.data)
-    except ValueError as error:
-        raise RecipeError(Problem("parallel.tensor", group.size(), str(error), "use a smaller degree")) from None
-    parameter.cut = cut  # type: ignore[attr-defined]
+    if cut_of(parameter) is None:  # neither tied and cut already, nor built so
+        cut = Cut(dim, group.rank(), group.size(), chunks)
+        try:
+            parameter.data = cut.take(parameter.data)
+        except ValueError as error:
+            raise RecipeError(Problem("parallel.tensor", group.size(), str(error), "use a smaller degree")) from None
+        parameter.cut = cut  # type: ignore[attr-defined]
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined] # DeepSpeed: counted by each rank in the norm
 
 

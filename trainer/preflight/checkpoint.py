@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.layout import FORMAT, VERSION, newest, read_manifest
+from trainer.checkpoint.changes import pattern_error, training_changes
+from trainer.checkpoint.layout import FORMAT, VERSION
 from trainer.core.errors import DataError, Problem
 from trainer.preflight.facts import Facts, Failing, Rule
 
@@ -70,23 +71,21 @@ def _resume(facts: Facts) -> Iterator[Problem]:
 def _identity(facts: Facts) -> Iterator[Problem]:
     """The newest checkpoint was written by a run that read the same data in the same order, with the same shapes."""
     recipe = facts.recipe
-    found = newest(Path(recipe.run.directory)) if recipe.checkpoint.resume != "never" else None
-    manifest = read_manifest(found[1]) if found else None
-    if found is None or manifest is None:
+    if facts.resumed is None:
         return
+    where, manifest = facts.resumed
     # Imported here: NumPy takes a quarter of the time that `check` has, and only a resume needs it.
     from trainer.checkpoint.identity import data_differences, data_identity, model_differences
     from trainer.data.sampler import Sampler
     from trainer.data.sources import open_train_sources
 
-    where = found[1].name
     state, model = manifest.get("state", {}), manifest.get("model", {})
     if recipe.model.path is None and recipe.model.config is not None:
         stored = dict(model.get("config", {}))
         if model.get("unpadded_vocabulary_size") is not None:
             stored["vocab_size"] = model["unpadded_vocabulary_size"]
         yield from model_differences(stored, recipe.model.config, where)
-    if recipe.checkpoint.accept_changed_data:
+    if "data" in recipe.checkpoint.accepted:
         return
     try:
         sources = open_train_sources(recipe.data, None)
@@ -96,6 +95,31 @@ def _identity(facts: Facts) -> Iterator[Problem]:
     except (DataError, OSError):  # the rules of data.train say why
         return
     yield from data_differences(state.get("identity", {}), data_identity(recipe, fingerprint), where)
+
+
+def _format(facts: Facts) -> Iterator[Problem]:
+    """A checkpoint that a newer trainer wrote is not guessed at."""
+    if facts.resumed is None:
+        return
+    where, manifest = facts.resumed
+    version: object = manifest.get("version")
+    if type(version) is int and version > VERSION:
+        rule = f"{where} has format version {version}, this trainer reads up to {VERSION}"
+        fix = "upgrade the trainer, or use another run.directory"
+        yield Problem("run.directory", facts.recipe.run.directory, rule, fix)
+
+
+def _training(facts: Facts) -> Iterator[Problem]:
+    """The newest checkpoint was trained by the same optimizer, with the same parameters frozen."""
+    recipe = facts.recipe
+    if facts.resumed is None or pattern_error((*recipe.model.freeze, *(g.pattern for g in recipe.optimizer.groups))):
+        return
+    where, manifest = facts.resumed
+    changes, accepted = training_changes(manifest, recipe, where), recipe.checkpoint.accepted
+    if "optimizer" not in accepted:
+        yield from changes.optimizer
+    if "frozen" not in accepted:
+        yield from changes.frozen
 
 
 def _file(tmp: Path) -> dict[str, Any]:
@@ -114,7 +138,8 @@ def _checkpoint(tmp: Path) -> dict[str, Any]:
     return {"run.directory": str(tmp / "old"), "checkpoint.resume": "never"}
 
 
-def _another_run(tmp: Path) -> dict[str, Any]:
+def _written(tmp: Path, **fields: Any) -> dict[str, Any]:
+    """Write a checkpoint without tensors, its manifest changed by ``fields``."""
     step = tmp / "old" / "checkpoints" / "step-00000005"
     step.mkdir(parents=True)
     (step / "rank-00000.safetensors").write_bytes(b"")
@@ -123,11 +148,34 @@ def _another_run(tmp: Path) -> dict[str, Any]:
         "version": VERSION,
         "step": 5,
         "files": {"rank-00000.safetensors": {"bytes": 0, "xxh3_64": "0" * 16}},
-        "state": {"identity": {"run.seed": 987654}},
+        "state": {"identity": {}},
         "model": {"config": {}},
     }
-    (step / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (step / "manifest.json").write_text(json.dumps(manifest | fields), encoding="utf-8")
     return {"run.directory": str(tmp / "old")}
+
+
+def _another_run(tmp: Path) -> dict[str, Any]:
+    return _written(tmp, state={"identity": {"run.seed": 987654}})
+
+
+def _newer_format(tmp: Path) -> dict[str, Any]:
+    return _written(tmp, version=VERSION + 1)
+
+
+def _trained(tmp: Path, frozen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """AdamW trained an embedding and a norm, less what was frozen."""
+    moments: dict[str, Any] = {"exp_avg": {}, "exp_avg_sq": {}}
+    shapes = {"model.embed_tokens.weight": [64, 16], "model.norm.weight": [16]}
+    tensors: dict[str, Any] = {
+        name: {"shape": shape, "states": {"weight": {}} | ({} if name in frozen else moments)}
+        for name, shape in shapes.items()
+    }
+    return _written(tmp, tensors=tensors, optimizer={"name": "adamw"}, frozen=list(frozen))
+
+
+def _trained_with_frozen(tmp: Path) -> dict[str, Any]:
+    return _trained(tmp, ("model.norm.weight",))
 
 
 RULES = (
@@ -138,5 +186,9 @@ RULES = (
     Rule("hook can be run", _hook, Failing({"checkpoint.hook": ["no-such-program"]})),
     Rule("resume finds a checkpoint", _resume, Failing({"checkpoint.resume": "require"})),
     Rule("a resume reads the same data into the same model", _identity, Failing(prepare=_another_run)),
+    Rule("a resume by the same optimizer", _training, Failing({"optimizer.name": "lion"}, prepare=_trained)),
+    Rule("a resume with the same parameters frozen", _training, Failing({"model.freeze": ["norm"]}, prepare=_trained)),
+    Rule("a resume with the same parameters trained", _training, Failing(prepare=_trained_with_frozen)),
+    Rule("a checkpoint of a format we know", _format, Failing(prepare=_newer_format)),
     Rule("a fresh run is fresh", _resume, Failing(prepare=_checkpoint)),
 )

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from trainer.checkpoint.layout import newest, read_manifest
+from trainer.checkpoint.layout import newest, read_manifest, step_directories
 from trainer.config.deepspeed_file import read_deepspeed_file
 from trainer.config.deepspeed_rules import value_at
 from trainer.config.derive import Derived, derive, derive_problems
@@ -81,6 +81,16 @@ class Facts:
         if fields is None:
             return model_fields(model)
         return model_fields(model.model_copy(update={"path": None, "config": fields | (model.config or {})}))
+
+    @cached_property
+    def resumed(self) -> tuple[str, Mapping[str, Any]] | None:
+        """Name and manifest of the checkpoint that a start would continue from, if there is one."""
+        if self.recipe.checkpoint.resume == "never":
+            return None
+        directory = Path(self.recipe.run.directory)
+        found = newest(directory) or next(reversed(step_directories(directory)), None)
+        manifest = read_manifest(found[1]) if found else None
+        return (found[1].name, manifest) if found and manifest is not None else None
 
     @cached_property
     def shards(self) -> tuple[tuple[str, ShardFacts], ...]:

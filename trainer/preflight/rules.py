@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.preflight import checkpoint, data, environment, launch, model, optimizer, ownership, topology
+from trainer.preflight import checkpoint, data, environment, evaluation, launch, model, optimizer, ownership, topology
 from trainer.preflight.facts import Rule
 
 RULES: tuple[Rule, ...] = (
@@ -10,6 +10,7 @@ RULES: tuple[Rule, ...] = (
     *model.RULES,
     *data.RULES,
     *optimizer.RULES,
+    *evaluation.RULES,
     *checkpoint.RULES,
     *ownership.RULES,
     *launch.RULES,

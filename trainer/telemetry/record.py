@@ -57,6 +57,8 @@ EVALUATION_FIELDS: tuple[Field, ...] = (
     Field("perplexity", "1", "validation/{name}/perplexity", "exp(validation_loss)"),
     Field("target_tokens", "tokens", None, "that were evaluated"),
     Field("seconds", "s", "validation/{name}/seconds", "wall time of the evaluation"),
+    Field("best_validation_loss", "nats/token", "validation/best_loss", "lowest so far; null: another line says it"),
+    Field("best_step", "steps", "validation/best_step", "where it was lowest; null: another line says it"),
     Field("time_unix", "s", None, "when the evaluation ended"),
 )
 
@@ -130,6 +132,9 @@ class EvaluationRecord:
     target_tokens: int
     seconds: float
     time_unix: float
+    best_validation_loss: float | None = None
+    best_step: int | None = None
+    """On the last record of an evaluation alone: what is compared may be a mean over the sources."""
     kind: Literal["evaluation"] = "evaluation"
 
     def to_json_line(self) -> str:

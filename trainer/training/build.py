@@ -13,7 +13,7 @@ from trainer.checkpoint import layout, random_state
 from trainer.checkpoint.agreement import Ranks
 from trainer.checkpoint.hook import Hook
 from trainer.checkpoint.identity import data_identity
-from trainer.checkpoint.provenance import provenance
+from trainer.checkpoint.provenance import provenance, topology_facts
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.resized import ResizedReader
 from trainer.checkpoint.select import choose
@@ -26,7 +26,6 @@ from trainer.core.errors import CheckpointError
 from trainer.core.units import format_count
 from trainer.core.versions import untested
 from trainer.data.loader import TrainLoader
-from trainer.data.sampler import Sampler
 from trainer.engine.base import TrainEngine
 from trainer.engine.build import build_engine
 from trainer.evaluation.validation import Validation
@@ -43,7 +42,7 @@ from trainer.telemetry.sinks.base import Fanout
 from trainer.telemetry.throughput import device_name, model_flops_utilization, peak_flops_per_second
 from trainer.training.isolation import refuse_leak
 from trainer.training.loop import Parts
-from trainer.training.resume import refuse_beyond_budget, refuse_if_different, restore_generators
+from trainer.training.resume import Resumption, load_checkpoint, refuse_beyond_budget
 from trainer.training.saving import Saver
 from trainer.training.state import TrainState
 from trainer.training.tokenizer import keep, load_on_first_rank, refuse_other_tokenizer
@@ -95,7 +94,14 @@ def build_parts(
         environment,
         from_scratch=reader is not None or source is not None,
     )  # fmt: skip
-    _fill_engine(engine, recipe, config, ranks, reader, source, state, loader.sampler, say)
+    stage = deepspeed_json["zero_optimization"]["stage"]
+    if reader is not None:
+        identity = data_identity(recipe, loader.sampler.fingerprint(state.consumed_samples))
+        topology = topology_facts(mesh, recipe.parallel.expert, stage)
+        here = Resumption(recipe, reader, ranks, state, say)
+        load_checkpoint(here, engine, config_to_dictionary(config), identity, topology)
+    else:
+        _start_afresh(engine, recipe, ranks, source)
     if recipe.data.mask_documents:
         refuse_leak(engine, config.model_type, vocabulary)
     keep(tokenizer, recipe)
@@ -112,7 +118,6 @@ def build_parts(
         "unpadded_vocabulary_size": unpadded,
     }
     hosts = ranks.gather(socket.gethostname())
-    stage = deepspeed_json["zero_optimization"]["stage"]
     sinks = open_sinks(state.step)
 
     def facts() -> dict[str, Any]:
@@ -168,21 +173,8 @@ def _model_section(recipe: Recipe, source: CheckpointReader | None):
     return recipe.model.model_copy(update={"path": None, "config": fields})
 
 
-def _fill_engine(
-    engine: TrainEngine, recipe: Recipe, config: PretrainedConfig, ranks: Ranks, reader: CheckpointReader | None,
-    source: CheckpointReader | None, state: TrainState, sampler: Sampler, say: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Load weights and generators: from a checkpoint, from another run, or as built."""
-    if reader is not None:
-        shapes = engine.logical_shapes()
-        facts = data_identity(recipe, sampler.fingerprint(state.consumed_samples))
-        accept = recipe.checkpoint.accept_changed_data
-        for problem in refuse_if_different(reader, facts, shapes, config_to_dictionary(config), accept):
-            say(f"warning: accepted (checkpoint.accept_changed_data): {problem.key}: {problem.rule}")
-        engine.load_state(reader, state.optimizer_steps)
-        if not restore_generators(reader, ranks, recipe.run.seed, state, recipe.parallel.tensor):
-            say(f"resuming {reader.world_size} ranks' checkpoint on {ranks.world_size}: random generators start anew")
-        return
+def _start_afresh(engine: TrainEngine, recipe: Recipe, ranks: Ranks, source: CheckpointReader | None) -> None:
+    """Load the weights of another run, if there is one, and seed the generators."""
     if source is not None:
         section = _model_section(recipe, source)
         engine.load_state(ResizedReader(source, section, engine.logical_shapes()), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from trainer.config.batch_schedule import batch_size
@@ -13,6 +13,7 @@ from trainer.core import faults
 from trainer.core.errors import DoNotRestartError
 from trainer.data.loader import TrainLoader
 from trainer.engine.base import StepPreview, StepResult, TrainEngine
+from trainer.evaluation.best import metric_loss, metric_name, stopping_reason
 from trainer.evaluation.validation import Validation
 from trainer.optim.schedules import multiplier
 from trainer.resilience.guard import is_sound, must_stop
@@ -45,11 +46,14 @@ class Parts:
 
 
 def train(parts: Parts) -> Outcome:
-    """Run until the last step, or until any rank was asked to stop; a checkpoint of the last step is committed."""
+    """Run until the last step, early stopping, or until any rank was asked to stop.
+
+    A checkpoint of the last step done is committed.
+    """
     state, recipe, total = parts.state, parts.recipe, parts.derived.total_steps
     clock = StepClock()
     evaluate_if_due(parts)
-    while state.step < total:
+    while state.step < total and early_end(parts) is None:
         clock.start_step()
         faults.reach("train.step", rank=parts.rank, step=state.step + 1)
         with clock.phase("data_wait"):
@@ -63,11 +67,12 @@ def train(parts: Parts) -> Outcome:
         parts.sinks.step(step_record(parts, result, clock.finish_step(), learning_rate))
         parts.saver.tell()
         refuse_endless_skipping(parts, result)
-        stopping = result.stop_requests > 0
+        stopping, best = result.stop_requests > 0, False
         if not stopping or state.step == total:
-            evaluate_if_due(parts)
-        if stopping or state.step == total or is_due(state.step, recipe.checkpoint.every_steps):
-            parts.saver.save(final=stopping or state.step == total)
+            best = evaluate_if_due(parts)
+        last = stopping or state.step == total or early_end(parts) is not None
+        if last or is_due(state.step, recipe.checkpoint.every_steps) or (best and recipe.checkpoint.keep_best):
+            parts.saver.save(final=last)
         if stopping and state.step < total:
             return "stopped"
     parts.saver.save(final=True)
@@ -84,14 +89,33 @@ def is_due(step: int, every: int | None) -> bool:
     return every is not None and step > 0 and step % every == 0
 
 
-def evaluate_if_due(parts: Parts) -> None:
-    """Evaluate at step 0, every so many steps and after the last one; never twice at the same step."""
+def early_end(parts: Parts) -> str | None:
+    """Return why the run ends before its last step, None: it does not."""
+    if parts.state.step >= parts.derived.total_steps:
+        return None
+    return stopping_reason(parts.recipe, parts.state.best)
+
+
+def evaluate_if_due(parts: Parts) -> bool:
+    """Evaluate at step 0, every so many steps and after the last one; never twice at the same step.
+
+    Return whether it was done and is the best so far.
+    """
     step, state = parts.state.step, parts.state
     due = step in (0, parts.derived.total_steps) or is_due(step, parts.recipe.evaluation.every_steps)
-    if due and state.evaluated_step != step:
-        for evaluation in parts.validation.run(parts.engine, step):
-            parts.sinks.evaluation(evaluation)
-        state.evaluated_step = step
+    if not due or state.evaluated_step == step:
+        return False
+    records = parts.validation.run(parts.engine, step)
+    state.evaluated_step = step
+    if not records:
+        return False
+    loss = metric_loss(parts.recipe, [(record.name, record.validation_loss) for record in records])
+    stopping = parts.recipe.evaluation.early_stopping
+    best = state.best.note(metric_name(parts.recipe), step, loss, stopping.minimum_delta if stopping else 0.0)
+    records[-1] = replace(records[-1], best_validation_loss=state.best.loss, best_step=state.best.step)
+    for record in records:
+        parts.sinks.evaluation(record)
+    return best
 
 
 def refuse_endless_skipping(parts: Parts, result: StepResult) -> None:

@@ -50,7 +50,7 @@ def _train(
     from trainer.telemetry.build import build_sinks
     from trainer.telemetry.sinks.base import Fanout
     from trainer.training.build import build_parts
-    from trainer.training.loop import train
+    from trainer.training.loop import early_end, train
     from trainer.training.status_sink import StatusSink
 
     sinks = Fanout([])
@@ -70,21 +70,25 @@ def _train(
         parts = build_parts(
             recipe, derived, deepspeed_json, environment,
             attempt=directory.attempt if directory else 0,
-            open_sinks=open_sinks, say=say, stop_requested=lambda: stop.received is not None,
+            open_sinks=open_sinks, say=say,
+            stop_requested=lambda: stop.received is not None or (directory is not None and directory.lost),
             may_commit=directory.refuse_if_taken_over if directory else lambda: None,
         )  # fmt: skip
+        if directory is not None and parts.state.best.loss is not None:
+            directory.status(best_validation_loss=parts.state.best.loss, best_step=parts.state.best.step)
         try:
             outcome = train(parts)
         except BaseException:
             parts.saver.rescue()
             raise
         parts.saver.close()
+        early = early_end(parts)
         code = EXIT_OK if outcome == "finished" else EXIT_REQUEUE
         if directory is not None:
             # Before teardown: an abort there must not look like a failed run.
-            reason = None if outcome == "finished" else f"asked to stop ({stop.received or 'another rank'})"
+            reason = early if outcome == "finished" else f"asked to stop ({stop.received or 'another rank'})"
             directory.status(state=outcome, step=parts.state.step, exit_code=code, reason=reason)
-        sinks.message(_farewell(outcome, parts.state.step, derived, recipe))
+        sinks.message(_farewell(outcome, parts.state.step, derived, recipe, early))
         sinks.close()
         parts.loader.close()
         parts.engine.close()
@@ -94,7 +98,9 @@ def _train(
     return code
 
 
-def _farewell(outcome: str, step: int, derived: Derived, recipe: Recipe) -> str:
+def _farewell(outcome: str, step: int, derived: Derived, recipe: Recipe, early: str | None) -> str:
+    if outcome == "finished" and early is not None:
+        return f"finished {step} of {derived.total_steps} steps in {recipe.run.directory}: {early}"
     if outcome == "finished":
         return f"finished {step} steps in {recipe.run.directory}"
     return f"stopped at step {step} of {derived.total_steps}, checkpoint committed: the same command continues"

@@ -20,7 +20,7 @@ from trainer.core.durable import replace_text
 from trainer.core.errors import CheckpointError
 from trainer.core.private import directory_mode, make_run_directory
 from trainer.core.redact import redacted, redacted_text, redacted_words
-from trainer.core.run_lock import RunLock
+from trainer.core.run_lock import RunLock, holder
 from trainer.core.status_file import write_status
 
 _LOGGED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
@@ -59,8 +59,11 @@ class RunDirectory:
         """Change fields of status.json; the first call also writes down what this start runs.
 
         Not called by a start that is refused: the facts and status of the run it would have continued stay.
-        A full disk must not end the run, so errors are passed over.
+        A full disk must not end the run, so errors are passed over. Where another start has taken the directory, the
+        status is that one's.
         """
+        if not self._lock.still_mine():
+            return
         with contextlib.suppress(OSError):
             self._write_facts()
         self._status |= changes
@@ -78,14 +81,16 @@ class RunDirectory:
             replace_text(attempt / name, text)
             replace_text(self.path / name, text)
 
-    def still_mine(self) -> bool:
-        """Return whether no other start has taken the directory: nothing may be committed in it otherwise."""
-        return self._lock.still_mine()
+    @property
+    def lost(self) -> bool:
+        """Whether another start has taken the directory: this one must end."""
+        return self._lock.lost
 
     def refuse_if_taken_over(self) -> None:
         """Raise CheckpointError if another job trains here now: this one was thought dead."""
         if not self._lock.still_mine():
-            raise CheckpointError(f"another job has taken over {self.path}: this one may not commit any more")
+            owner = holder(self.path, watch=False) or "on another host"
+            raise CheckpointError(f"another job has taken over {self.path} ({owner}): this one may not commit any more")
 
     def release(self) -> None:
         """Let the next job in."""

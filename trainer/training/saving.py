@@ -68,9 +68,8 @@ class Saver:
         waited = self._settle()
         if self._saved_step == self._state.step:
             return
-        protected = self._hook.protected if self._hook else ()
         saved = self._writer.save(
-            self._state.step, self._engine.iterate_state(), self._facts(), wait=final, protected=protected
+            self._state.step, self._engine.iterate_state(), self._facts(), wait=final, protected=self._protected()
         )
         if saved is not None:
             saved.blocked_seconds += waited
@@ -87,6 +86,11 @@ class Saver:
         saved = self._writer.finish(_RESCUE_SECONDS)
         if saved is not None:
             self._tell(saved)
+
+    def _protected(self) -> set[int]:
+        """Return the steps whose checkpoints must stay, whatever retention says."""
+        steps = self._hook.protected if self._hook else set[int]()
+        return steps | {self._state.best.step} if self._settings.keep_best else steps
 
     def _settle(self) -> float:
         """Wait for the save in flight, return how long that took. Raises CheckpointError under ``on_error: stop``."""

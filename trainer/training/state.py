@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, cast
 
 from trainer.core.errors import CheckpointError
 from trainer.engine.base import StepResult
+from trainer.evaluation.best import BestEvaluation
 
 VERSION = 1
 
@@ -22,13 +23,15 @@ class TrainState:
     tokens: int = 0
     target_tokens: int = 0
     optimizer_steps: int = 0
-    """Steps that were applied; AdamW's bias correction counts these."""
+    """Steps that were applied since the optimizer started; AdamW's bias correction counts these."""
     skipped_steps: int = 0
     consecutive_skips: int = 0
     corrupt_samples: int = 0
     """Samples left out of the loss because their data is corrupt."""
     evaluated_step: int = -1
     """Newest step whose evaluation was recorded."""
+    best: BestEvaluation = field(default_factory=BestEvaluation)
+    """The best evaluation so far, and how long ago it was."""
 
     def advance(self, samples: int, tokens: int, result: StepResult) -> None:
         """Count one step of ``samples`` and ``tokens``, all ranks together."""
@@ -51,8 +54,12 @@ class TrainState:
         if values.get("version") != VERSION:
             raise CheckpointError(f"training state of version {values.get('version')!r}; this trainer reads {VERSION}")
         values = {"corrupt_samples": 0} | values  # not in the first checkpoints of version 1
-        names = [field.name for field in fields(cls)]
+        given: object = values.get("best", {})  # nor this
+        best = BestEvaluation.from_json(cast("dict[str, Any]", given)) if isinstance(given, dict) else None
+        if best is None:
+            raise CheckpointError(f"training state has no sound best evaluation: {given!r}")
+        names = [field.name for field in fields(cls) if field.name != "best"]
         missing = [name for name in names if not isinstance(values.get(name), int)]
         if missing:
             raise CheckpointError(f"training state lacks {', '.join(missing)}")
-        return cls(**{name: values[name] for name in names})
+        return cls(**{name: values[name] for name in names}, best=best)

@@ -32,7 +32,9 @@ class StatusSink:
             self._directory.status(step=record.step, tokens_per_second=record.tokens_per_second, loss=record.loss)
 
     def evaluation(self, record: EvaluationRecord) -> None:
-        """Nothing: evaluations are in metrics.jsonl."""
+        """Note the best evaluation; the others are in metrics.jsonl."""
+        if record.best_step is not None:
+            self._directory.status(best_validation_loss=record.best_validation_loss, best_step=record.best_step)
 
     def checkpoint(self, record: CheckpointRecord) -> None:
         """Note a committed checkpoint, at once; training may be steps ahead of it."""

@@ -1,0 +1,130 @@
+"""Who writes where, what a section looks like on disk, and whether there is room."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+from safetensors import safe_open
+
+from trainer.checkpoint import layout
+from trainer.checkpoint.sections import RANKS_WITH_FILES_OF_THEIR_OWN, Holding, Plan, make_plan
+from trainer.checkpoint.shard_file import ALIGNMENT, CHUNK_BYTES, Entry, Image, hash_file, streamed, write_section
+from trainer.checkpoint.space import lacks_space
+
+GIB = 2**30
+
+
+def entries_of(rank: int, sizes: tuple[int, ...] = (3, 1000, 70_001)) -> list[Entry]:
+    generator = torch.Generator().manual_seed(rank)
+    floats = [torch.rand(size, generator=generator) for size in sizes]
+    small = torch.arange(rank + 1, dtype=torch.uint8)
+    return [*(Entry.of(f"t{index}", tensor) for index, tensor in enumerate(floats)), Entry.of("odd", small)]
+
+
+def holding(entries: list[Entry], host: str = "a", free: int = GIB) -> Holding:
+    places = tuple(entry.place for entry in entries)
+    num_bytes = sum(entry.num_bytes for entry in entries)
+    return Holding(host, places, num_bytes, (("w", "weight", "float32", (4,), 0, 4, None),), free, buffered=True)
+
+
+def write(directory: Path, plan: Plan, entries: list[list[Entry]], in_memory: bool) -> list[tuple[int, str]]:
+    written: list[tuple[int, str]] = []
+    for section, mine in zip(plan.sections, entries, strict=True):
+        padding = [Entry.of("padding", torch.zeros(section.padding, dtype=torch.uint8))] if section.padding else []
+        if in_memory:
+            image = Image(section.header, [*mine, *padding], pinned=False)
+            image.fill([*mine, *padding])
+            chunks = image.chunks()
+        else:
+            chunks = streamed(section.header, [*mine, *padding])
+        written.append(write_section(directory / section.file, section.start, chunks, lambda: None))
+    return written
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("files", ["rank", "node"])
+def test_what_is_written_is_read_back_by_the_library(tmp_path: Path, files: Any, in_memory: bool) -> None:
+    entries = [entries_of(rank) for rank in range(4)]
+    plan = make_plan([holding(mine, host) for mine, host in zip(entries, "abab", strict=True)], files)
+    written = write(tmp_path, plan, entries, in_memory)
+    by_file: dict[str, list[tuple[int, str]]] = {}
+    for section, part in zip(plan.sections, written, strict=True):
+        by_file.setdefault(section.file, []).append(part)
+    assert len(by_file) == (4 if files == "rank" else 2)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) == plan.num_bytes
+    for rank, (name, mine) in enumerate(zip(plan.shards, entries, strict=True)):
+        with safe_open(tmp_path / name, framework="pt") as file:
+            prefix = f"rank-{rank:05d}/" if files == "node" else ""
+            for entry in mine:
+                assert torch.equal(file.get_tensor(prefix + entry.key), entry.read())
+    for name, parts in by_file.items():
+        facts = layout.file_facts(parts)
+        assert layout.file_parts(facts) == parts
+        assert hash_file(tmp_path / name, [size for size, _ in parts]) == [digest for _, digest in parts]
+        assert facts["bytes"] == (tmp_path / name).stat().st_size
+
+
+def test_a_file_of_one_rank_has_one_hash_over_all_of_it(tmp_path: Path) -> None:
+    entries = entries_of(0, (CHUNK_BYTES // 4, 5))  # the header and this fill more than a chunk
+    plan = make_plan([holding(entries)], "auto")
+    ((size, digest),) = write(tmp_path, plan, [entries], in_memory=False)
+    content = (tmp_path / "rank-00000.safetensors").read_bytes()
+    assert (size, digest) == (len(content), xxhash.xxh3_64(content).hexdigest())
+    assert layout.file_facts([(size, digest)]) == {"bytes": size, "xxh3_64": digest}
+
+
+def test_sections_begin_at_whole_blocks_and_headers_belong_to_the_first() -> None:
+    plan = make_plan([holding(entries_of(rank)) for rank in range(3)], "node")
+    assert [section.start % ALIGNMENT for section in plan.sections] == [0, 0, 0]
+    assert [bool(section.header) for section in plan.sections] == [True, False, False]
+    assert plan.any_shared
+
+
+@pytest.mark.parametrize(
+    ("ranks", "files", "expected"),
+    [
+        (RANKS_WITH_FILES_OF_THEIR_OWN, "auto", RANKS_WITH_FILES_OF_THEIR_OWN),
+        (RANKS_WITH_FILES_OF_THEIR_OWN + 8, "auto", (RANKS_WITH_FILES_OF_THEIR_OWN + 8) // 8),
+        (2048, "auto", 256),
+        (16, "node", 2),
+        (2048, "rank", 2048),
+    ],
+)
+def test_files_stay_few_where_ranks_are_many(ranks: int, files: Any, expected: int) -> None:
+    entries = [Entry.of("t", torch.zeros(2))]
+    plan = make_plan([holding(entries, f"node{rank // 8}") for rank in range(ranks)], files)
+    assert len(set(plan.shards)) == expected
+
+
+def test_a_copy_must_fit_into_the_memory_of_every_host() -> None:
+    entries = [Entry.of("t", torch.zeros(1000))]  # one block of 4096 bytes
+    assert make_plan([holding(entries, "a", 14_000)] * 2, "auto").fits_in_memory
+    assert not make_plan([holding(entries, "a", 14_000)] * 3, "auto").fits_in_memory
+    assert not make_plan([holding(entries, "a", GIB), holding(entries, "b", 4096)], "auto").fits_in_memory
+
+
+def test_room_is_asked_of_the_file_system(tmp_path: Path) -> None:
+    assert lacks_space(tmp_path, 1, 1) is None
+    found = os.statvfs(tmp_path)
+    assert f"{tmp_path} has " in (lacks_space(tmp_path, found.f_bavail * found.f_frsize, 1) or "")
+    if found.f_files:
+        assert "inodes free" in (lacks_space(tmp_path, 1, found.f_favail) or "")
+
+
+def test_a_link_in_the_place_of_a_shard_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "target").write_bytes(b"precious")
+    (tmp_path / "rank-00000.safetensors").symlink_to(tmp_path / "target")
+    entries = entries_of(0)
+    with pytest.raises(OSError, match="symbolic links"):
+        write(tmp_path, make_plan([holding(entries)], "auto"), [entries], in_memory=False)
+    assert (tmp_path / "target").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("facts", [None, {}, {"bytes": 1}, {"bytes": 3, "parts": [[1, "0" * 16]]}, {"parts": []}])
+def test_facts_that_are_none(facts: object) -> None:
+    assert layout.file_parts(facts) is None
