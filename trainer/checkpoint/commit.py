@@ -15,6 +15,7 @@ from trainer.config.checkpoint import CheckpointConfig
 from trainer.core import faults
 from trainer.core.durable import fsync_directory, replace_text, write_durably
 from trainer.core.errors import CheckpointError
+from trainer.core.private import directory_mode
 
 
 class Commit:
@@ -30,7 +31,7 @@ class Commit:
 
     def reap(self) -> None:
         """Delete what interrupted saves left. Raises OSError if the directory of checkpoints can't be made."""
-        layout.checkpoints_directory(self._run).mkdir(mode=0o700, parents=True, exist_ok=True)
+        layout.checkpoints_directory(self._run).mkdir(mode=directory_mode(), parents=True, exist_ok=True)
         for leftover in layout.temporary_directories(self._run):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -61,7 +62,7 @@ class Commit:
         temporary = self.temporary(step)
         if temporary.exists():
             shutil.rmtree(temporary)
-        temporary.mkdir(mode=0o700)
+        temporary.mkdir(mode=directory_mode())
 
     def commit(self, step: int, plan: Plan, written: Sequence[tuple[int, str]], facts: dict[str, Any]) -> None:
         """Make the checkpoint exist; ``written`` is (bytes, hash) of every rank's section. Raises OSError.

@@ -2,81 +2,108 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from trainer.checkpoint import layout
+from trainer.checkpoint.assemble import load_checkpoint_model
+from trainer.checkpoint.export_check import logits_of, prompts_of, refuse_unlike
+from trainer.checkpoint.export_trained import FACTS_NAME, trained_names, write_trained
+from trainer.checkpoint.model_card import CARD_NAME, model_card
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.verify import damaged_files
+from trainer.core.durable import fsync_directory
 from trainer.core.errors import CheckpointError, Problem, RefusedError
+from trainer.core.private import directory_mode, file_mode, private_like
 from trainer.models.tokenizer import load_tokenizer
 
-_DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_SHARD_BYTES = 5 * 10**9
 
 
 def export_checkpoint(
-    run_directory: Path, output: Path, *, step: int | None = None, dtype: str | None = None, overwrite: bool = False
+    run_directory: Path,
+    output: Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    only_trained: bool = False,
 ) -> Path:
-    """Write safetensors, config, generation config and tokenizer to ``output`` and return it.
+    """Write safetensors, config, generation config, tokenizer and model card to ``output`` and return it.
 
-    The weights are the float32 masters, cast to ``dtype`` (default: what the run computed in). Everything is written
-    beside ``output``, loaded by plain transformers, compared (every weight, and logits on fixed tokens) and only then
-    renamed. Raises RefusedError for bad arguments, CheckpointError when the checkpoint is damaged or the logits differ.
+    The weights are the float32 masters, cast to ``dtype`` (default: what the run computed in), in files of at most
+    ``max_shard_bytes`` with an index where it takes several. Everything is written beside ``output``, loaded by plain
+    transformers, compared (every weight with the checkpoint's own, logits of fixed prompts, token ids of fixed texts)
+    and only then renamed. With ``only_trained`` it is the trained tensors alone. One model is held at a time: the peak
+    is the model in ``dtype``, one file of it, and its largest tensor in float32. Raises RefusedError for bad
+    arguments, CheckpointError when the checkpoint is damaged or what was written differs from it.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        raise RefusedError(
-            Problem("--dtype", dtype, f"must be one of {', '.join(_DTYPES)}", "leave it out for the run's")
-        )
-    if output.exists() and not overwrite and any(output.iterdir()):
-        raise RefusedError(Problem("--output", str(output), "is not empty", "give another directory or --overwrite"))
+    _refuse_arguments(run_directory, output, dtype, overwrite, max_shard_bytes)
     reader = CheckpointReader(_find(run_directory, step))
+    manifest = layout.read_manifest(reader.directory)
+    assert manifest is not None
+    if only_trained:
+        trained_names(reader, manifest)
     problems = damaged_files(reader.directory)
     if problems:
         raise CheckpointError(f"{reader.directory} is damaged: " + "; ".join(problems))
-    model = load_checkpoint_model(reader, dtype)
-    temporary = output.with_name(f".{output.name}.tmp-export")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        model.save_pretrained(temporary)
-        _save_tokenizer(reader, model, temporary)
-        _compare(model, temporary)
-        if output.exists():
-            shutil.rmtree(output)
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    written_dtype = dtype or reader.model["dtype"]
+
+    def write(target: Path) -> None:
+        if only_trained:
+            write_trained(reader, manifest, load_checkpoint_model(reader, dtype), target)
+        else:
+            _write_whole(reader, dtype, target, max_shard_bytes)
+        text = model_card(run_directory, reader.directory, manifest, written_dtype, trained=only_trained)
+        (target / CARD_NAME).write_text(text, encoding="utf-8")
+
+    with private_like(run_directory):
+        _publish(output, write)
     return output
 
 
-def load_checkpoint_model(reader: CheckpointReader, dtype: str | None) -> PreTrainedModel:
-    """Return the checkpoint's model on the CPU in ``dtype`` (default: the run's), dropout off, vocabulary unpadded.
+def kept_tokenizer(run_directory: Path) -> Path:
+    """Return where a run keeps a copy of its tokenizer, so that it can be exported anywhere, later."""
+    return run_directory / "tokenizer"
 
-    Raises CheckpointError if names or shapes don't match the model its config describes.
-    """
-    fields = dict(reader.model["config"])
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    target = getattr(torch, dtype or reader.model["dtype"])
-    config.dtype = target
-    model = AutoModelForCausalLM.from_config(config, dtype=target).eval()
-    wanted = dict(model.named_parameters())
-    held = set(reader.names())
-    missing = sorted(wanted.keys() - held)
-    if missing:
-        raise CheckpointError(f"{reader.directory} lacks {', '.join(missing[:5])}")
-    buffers = dict(model.named_buffers())
-    with torch.no_grad():
-        for name in held:
-            tensor = wanted.get(name, buffers.get(name))
-            if tensor is None or tuple(tensor.shape) != reader.shape(name):
-                raise CheckpointError(f"{reader.directory}: {name} {reader.shape(name)} does not fit the model")
-            tensor.copy_(reader.whole(name))
-    unpadded = reader.model.get("unpadded_vocabulary_size")
-    if unpadded is not None:
-        model.resize_token_embeddings(unpadded)
-    return model
+
+def _refuse_arguments(
+    run_directory: Path, output: Path, dtype: str | None, overwrite: bool, max_shard_bytes: int
+) -> None:
+    problems: list[Problem] = []
+    if dtype is not None and dtype not in DTYPES:
+        problems.append(Problem("--dtype", dtype, f"must be one of {', '.join(DTYPES)}", "leave it out for the run's"))
+    if max_shard_bytes < 1:
+        problems.append(Problem("--max-shard-size", max_shard_bytes, "must be a number of bytes", "write 5GB"))
+    run, target = run_directory.resolve(), output.resolve()
+    inside = target.relative_to(run).parts if target.is_relative_to(run) else ("",)
+    if run.is_relative_to(target) or inside[0] in _PARTS_OF_A_RUN:
+        rule = "is the run's own directory, or one that the run writes"
+        problems.append(Problem("--output", str(output), rule, "give another directory"))
+    elif output.exists() or output.is_symlink():
+        if output.is_symlink() or not output.is_dir():
+            problems.append(Problem("--output", str(output), "is no directory", "give another directory"))
+        elif any(output.iterdir()):
+            if not overwrite:
+                fix = "give another directory or --overwrite"
+                problems.append(Problem("--output", str(output), "is not empty", fix))
+            elif not any((output / name).is_file() for name in ("config.json", FACTS_NAME)):
+                rule = "holds something else than an earlier export, which --overwrite would delete"
+                problems.append(Problem("--output", str(output), rule, "give another directory"))
+    if problems:
+        raise RefusedError(problems)
+
+
+_PARTS_OF_A_RUN = ("checkpoints", "logs", "attempts", "tensorboard", "slurm", "tokenizer", "data")
 
 
 def _find(run_directory: Path, step: int | None) -> Path:
@@ -93,20 +120,29 @@ def _find(run_directory: Path, step: int | None) -> Path:
     raise RefusedError(Problem("--step", step, f"there is no such checkpoint (there are: {held})", "give one of them"))
 
 
-def kept_tokenizer(run_directory: Path) -> Path:
-    """Return where a run keeps a copy of its tokenizer, so that it can be exported anywhere, later."""
-    return run_directory / "tokenizer"
+def _write_whole(reader: CheckpointReader, dtype: str | None, target: Path, max_shard_bytes: int) -> None:
+    """Write the whole model into ``target`` and compare it with the checkpoint."""
+    tokenizer = _tokenizer(reader)
+    model = load_checkpoint_model(reader, dtype)
+    prompts = prompts_of(model, tokenizer)
+    expected = logits_of(model, prompts)
+    model.save_pretrained(target, max_shard_size=max_shard_bytes)
+    _save_tokenizer(tokenizer, model, target)
+    del model  # what is loaded to be compared takes its place
+    refuse_unlike(reader, target, prompts, expected, tokenizer)
 
 
-def _save_tokenizer(reader: CheckpointReader, model: PreTrainedModel, target: Path) -> None:
+def _tokenizer(reader: CheckpointReader) -> Any | None:
     path = reader.model.get("tokenizer")
+    if path is None:
+        return None
+    kept = kept_tokenizer(reader.directory.parents[1])
+    return load_tokenizer(str(kept)) if kept.is_dir() else load_tokenizer(path, reader.model.get("tokenizer_revision"))
+
+
+def _save_tokenizer(tokenizer: Any | None, model: PreTrainedModel, target: Path) -> None:
     generation = GenerationConfig.from_model_config(model.config)
-    if path is not None:
-        kept = kept_tokenizer(reader.directory.parents[1])
-        if kept.is_dir():
-            tokenizer = load_tokenizer(str(kept))
-        else:
-            tokenizer = load_tokenizer(path, reader.model.get("tokenizer_revision"))
+    if tokenizer is not None:
         tokenizer.save_pretrained(target)
         generation.bos_token_id = tokenizer.bos_token_id
         generation.eos_token_id = tokenizer.eos_token_id
@@ -114,16 +150,41 @@ def _save_tokenizer(reader: CheckpointReader, model: PreTrainedModel, target: Pa
     generation.save_pretrained(target)
 
 
-def _compare(model: PreTrainedModel, directory: Path) -> None:
-    """Raise CheckpointError unless plain transformers loads the same weights and computes the same logits."""
-    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False).eval()
-    expected, found = dict(model.named_parameters()), dict(loaded.named_parameters())
-    different = [name for name in expected if name not in found or not torch.equal(expected[name], found[name])]
-    if different or expected.keys() != found.keys():
-        raise CheckpointError(f"export refused: weights differ after reloading: {', '.join(different[:5])}")
-    vocabulary = model.config.get_text_config().vocab_size
-    prompt = torch.arange(24).mul(7919).remainder(vocabulary).reshape(2, 12)
-    with torch.inference_mode():
-        here, there = model(input_ids=prompt).logits, loaded(input_ids=prompt).logits
-    if not torch.equal(here, there):
-        raise CheckpointError(f"export refused: logits differ by {(here - there).abs().max():.3g} after reloading")
+def _publish(output: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a directory beside ``output``, then give it the name: it is there whole or not at all."""
+    output.parent.mkdir(mode=directory_mode(), parents=True, exist_ok=True)
+    with _beside(output) as (temporary, aside):
+        write(temporary)
+        _seal(temporary)
+        if output.exists():
+            output.rename(aside)  # renamed first: half a deleted export must not look like one
+        temporary.rename(output)
+        fsync_directory(output.parent)
+
+
+@contextlib.contextmanager
+def _beside(output: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield two names beside ``output`` that are gone afterwards, as are those of exports that were killed here."""
+    mark = f".{output.name}.export-{socket.gethostname()}-"
+    for path in output.parent.glob(".*.export-*"):
+        number = path.name.removeprefix(mark).partition("-")[0]
+        if path.name.startswith(mark) and number.isdigit() and not Path(f"/proc/{number}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+    temporary, aside = (output.with_name(f"{mark}{os.getpid()}-{kind}") for kind in ("new", "old"))
+    try:
+        yield temporary, aside
+    finally:
+        if aside.exists() and not output.exists():
+            aside.rename(output)
+        for path in (temporary, aside):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _seal(directory: Path) -> None:
+    """Give every file the run's mode (libraries have their own idea of it) and bring it to the disk."""
+    for path in directory.rglob("*"):
+        path.chmod(path.stat().st_mode & 0o7000 | (directory_mode() if path.is_dir() else file_mode()))
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    fsync_directory(directory)

@@ -7,7 +7,9 @@ are regular files in the directory itself.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import stat
 from collections.abc import Sequence
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import xxhash
+
+from trainer.core.errors import Problem, RefusedError
 
 FORMAT = "trainer-checkpoint"
 VERSION = 3
@@ -25,6 +29,8 @@ VERSION_WITHOUT_CUTS = 1
 VERSIONS = (VERSION_WITHOUT_CUTS, VERSION_WITH_CUTS, VERSION)
 MANIFEST_NAME = "manifest.json"
 POINTER_NAME = "latest"
+MANIFEST_BYTES = 2**29
+"""No more is read. A manifest of 1024 ranks and 1000 tensors has about a tenth of it."""
 
 _STEP_NAME = re.compile(r"step-([0-9]{8,18})")
 _TEMPORARY_NAME = re.compile(r"\.step-([0-9]{8,18})\.tmp-.+")
@@ -88,11 +94,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
     The version is left to the reader: a checkpoint of a newer version exists, and must be refused aloud.
     """
-    path = manifest_path(directory)
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            return None
-        content = path.read_bytes()
+        content = _manifest_bytes(manifest_path(directory))
         manifest: object = json.loads(content)
     except (OSError, ValueError, RecursionError):
         return None
@@ -105,6 +108,19 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if fields.get("format") != FORMAT or type(step) is not int or step != parse_step_name(directory.name):
         return None
     return fields
+
+
+def _manifest_bytes(path: Path) -> bytes:
+    """Return what is in a manifest. Raises OSError unless it is a regular file of at most MANIFEST_BYTES."""
+    # O_NONBLOCK: a FIFO of that name must not make us wait.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        if found.st_size > MANIFEST_BYTES:
+            raise OSError(errno.EFBIG, f"larger than {MANIFEST_BYTES} bytes")
+        return file.read(MANIFEST_BYTES)
 
 
 def file_facts(parts: Sequence[tuple[int, str]]) -> dict[str, Any]:
@@ -125,7 +141,7 @@ def file_parts(facts: object) -> list[tuple[int, str]] | None:
     parts: list[tuple[int, str]] = []
     for part in cast("list[object]", listed):
         match part:
-            case [int(num_bytes), str(digest)] if num_bytes >= 0 and _DIGEST.fullmatch(digest):
+            case [int(num_bytes), str(digest)] if _is_size(num_bytes) and _DIGEST.fullmatch(digest):
                 parts.append((num_bytes, digest))
             case _:
                 return None
@@ -143,6 +159,10 @@ def find_problems(directory: Path) -> list[str]:
         return ["not a directory"]
     manifest = read_manifest(directory)
     if manifest is None:
+        try:
+            _manifest_bytes(manifest_path(directory))
+        except OSError as error:
+            return [f"{MANIFEST_NAME} is missing or unreadable ({error.strerror})"]
         return [f"{MANIFEST_NAME} is missing, damaged or of another step"]
     files: object = manifest.get("files")
     if not isinstance(files, dict) or not files:
@@ -179,6 +199,7 @@ def read_pointer(run_directory: Path) -> tuple[int, Path] | None:
 
     A kill between commit and pointer leaves ``latest`` one checkpoint behind; a resume should ask :func:`newest`.
     """
+    _refuse_way_out(run_directory)
     try:
         with pointer_path(run_directory).open("rb") as file:
             name = file.read(_POINTER_BYTES).decode("ascii").strip()
@@ -193,10 +214,28 @@ def read_pointer(run_directory: Path) -> tuple[int, Path] | None:
 
 
 def _entries(run_directory: Path) -> list[Path]:
+    """Return what is in RUN/checkpoints. Raises RefusedError if that leads out of the run."""
+    _refuse_way_out(run_directory)
     try:
         return sorted(checkpoints_directory(run_directory).iterdir())
     except OSError:
         return []
+
+
+def _refuse_way_out(run_directory: Path) -> None:
+    """Raise RefusedError if RUN/checkpoints is a link that leads out of the run."""
+    directory = checkpoints_directory(run_directory)
+    try:
+        leads_out = directory.is_symlink() and not directory.resolve().is_relative_to(run_directory.resolve())
+    except (OSError, RuntimeError):  # it leads to itself
+        leads_out = True
+    if leads_out:
+        rule, fix = "is a link out of the run", "move them into the run, or name one with room for them"
+        raise RefusedError(Problem("checkpoints", str(directory), rule, fix))
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _file_problem(directory: Path, name: object, facts: object) -> str | None:

@@ -23,6 +23,8 @@ import numpy
 import torch
 import xxhash
 
+from trainer.core.private import file_mode
+
 DTYPES = {
     torch.float32: "F32",
     torch.float64: "F64",
@@ -170,11 +172,11 @@ class _File:
     def __init__(self, path: Path) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            self._descriptor = os.open(path, flags | os.O_DIRECT, 0o600)
+            self._descriptor = os.open(path, flags | os.O_DIRECT, file_mode())
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            self._descriptor = os.open(path, flags, 0o600)
+            self._descriptor = os.open(path, flags, file_mode())
         self._path = path
 
     def __enter__(self) -> _File:

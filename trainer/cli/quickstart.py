@@ -33,8 +33,11 @@ def quickstart(
     ] = None,
 ) -> None:
     """Train a 10 M-parameter Llama on Python's own source code in a few minutes. Run again, it continues."""
+    from trainer.core.private import keep_private, make_run_directory
+
     started = time.monotonic()
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    keep_private("none")
+    make_run_directory(directory, "none")
     recipe = directory / "recipe.yaml"
     tokenizer, data = directory / "tokenizer", directory / "data"
     if not (tokenizer / "tokenizer.json").exists():

@@ -39,7 +39,7 @@ def submit(
     if dry_run:
         typer.echo(script, nl=False)
         return
-    path = write_script(run_directory, script)
+    path = write_script(run_directory, script, checked.run.group_access)
     job_id = submit_job(path)
     typer.echo(job_id)
     typer.echo(f"submitted {path}; follow it with: trainer status {checked.run.directory}", err=True)

@@ -47,6 +47,7 @@ def train(
 
 def _launch(recipe: Path, overrides: list[str]) -> int:
     """Refuse a bad recipe before anything starts, then start local ranks and wait for them."""
+    from trainer.core.private import keep_private
     from trainer.core.run_lock import refuse_if_held
     from trainer.launch.local import run_local
     from trainer.preflight.check import prepare
@@ -56,6 +57,7 @@ def _launch(recipe: Path, overrides: list[str]) -> int:
     if (words := already_finished(prepared.recipe, prepared.derived.total_steps)) is not None:
         print(words)
         return 0
+    keep_private(prepared.recipe.run.group_access)
     refuse_if_held(directory)
     processes = prepared.recipe.launch.processes
     print(f"{prepared.recipe.run.name}: starting {processes} rank{'s' if processes > 1 else ''}", flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -37,6 +37,8 @@ class RunSection(Section):
     """Shown in the console, TensorBoard and the SLURM queue."""
     directory: str
     """The run directory. Everything the run writes is below it."""
+    group_access: Literal["none", "read"] = "none"
+    """Who else may read it: nobody, or ``read``: members of the directory's group. Others never."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """One seed for initial weights, dropout and the order of the data."""
     steps: int | None = Field(default=None, ge=1)

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from trainer.core.private import directory_mode, file_mode
+
 logger = logging.getLogger(__name__)
 
 STDOUT = 1
@@ -128,9 +130,9 @@ class _OwnedStreamHandler(logging.StreamHandler[TextIO]):
 
 
 def _open_log(path: Path) -> int:
-    """Open for appending, readable by the user alone: logs show paths, host names and data."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Open for appending, as private as the run: logs show paths, host names and data."""
+    path.parent.mkdir(mode=directory_mode(), parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, file_mode())
     size = os.fstat(descriptor).st_size
     # A SIGKILL may have cut the last line; the header of this start must still begin a line.
     if size and os.pread(descriptor, 1, size - 1) != b"\n":

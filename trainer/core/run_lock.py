@@ -20,6 +20,7 @@ from pathlib import Path
 
 from trainer.core.errors import Problem, RefusedError
 from trainer.core.lock_owner import RECORD_BYTES, Owner, Place, seconds_text
+from trainer.core.private import file_mode
 
 INTERVAL_SECONDS = 5.0
 """Between two heartbeats: on a network file system each is a small write."""
@@ -181,7 +182,7 @@ class RunLock:
         for number in count():
             claim = self._path.with_name(f"{self._path.name}.claim-{number}")
             try:
-                descriptor = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                descriptor = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, file_mode())
             except FileExistsError:
                 if self._claimant_died(claim, seen):
                     continue
@@ -219,7 +220,7 @@ class RunLock:
     def _restored(self) -> bool:
         """Make RUN/.lock again where somebody deleted it; return whether that was so. Raises OSError."""
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, file_mode())
         except FileExistsError:
             return False
         with contextlib.suppress(OSError):
@@ -257,7 +258,7 @@ def _open(path: Path, flags: int) -> int:
     """Open a lock file. Raises RefusedError unless it is a regular file of this user with one name, OSError."""
     try:
         # O_NONBLOCK: a FIFO of that name must not make us wait.
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, file_mode())
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise _unusable(path, "is not a regular file") from error

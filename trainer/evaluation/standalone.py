@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trainer.checkpoint import layout
-from trainer.checkpoint.export import load_checkpoint_model
+from trainer.checkpoint.assemble import load_checkpoint_model
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config.data import DataConfig
 from trainer.core.errors import Problem, RefusedError

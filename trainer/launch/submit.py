@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from trainer.core.durable import replace_text
 from trainer.core.errors import RefusedError
+from trainer.core.private import GroupAccess, directory_mode, file_mode, keep_private, make_run_directory
 from trainer.launch.slurm_commands import SlurmRefusedError, is_job_id, submit_script
 
 _JOBS_NAME = "jobs.json"
@@ -21,23 +22,26 @@ def slurm_directory(run_directory: Path) -> Path:
     return run_directory / "slurm"
 
 
-def write_script(run_directory: Path, text: str) -> Path:
+def write_script(run_directory: Path, text: str, group: GroupAccess = "none") -> Path:
     """Write RUN/slurm/submit-NNNN.sbatch, the next free number, and RUN/logs for SLURM's own output.
 
-    Raises RefusedError, with nothing written, where there is no sbatch or the run directory can't be written.
+    ``group`` is run.group_access. Raises RefusedError, with nothing written, where there is no sbatch or the run
+    directory can't be written.
     """
     if shutil.which("sbatch") is None:
         raise RefusedError("sbatch is not installed here → run `trainer submit` on a login node of the cluster")
     directory = slurm_directory(run_directory)
     try:
+        keep_private(group)  # SLURM gives the job the umask of its submission
+        make_run_directory(run_directory, group)
         # SLURM does not make the directory of --output: the job would fail without a word.
-        (run_directory / "logs").mkdir(parents=True, exist_ok=True)
-        directory.mkdir(mode=0o700, exist_ok=True)
+        (run_directory / "logs").mkdir(mode=directory_mode(), exist_ok=True)
+        directory.mkdir(mode=directory_mode(), exist_ok=True)
         for number in range(1, 100_000):
             path = directory / f"submit-{number:04d}.sbatch"
             try:
                 # O_EXCL: of two submissions at once, each gets its own number.
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, file_mode())
             except FileExistsError:
                 continue
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:

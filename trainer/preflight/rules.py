@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.preflight import checkpoint, data, environment, evaluation, launch, model, optimizer, topology
+from trainer.preflight import checkpoint, data, environment, evaluation, launch, model, optimizer, ownership, topology
 from trainer.preflight.facts import Rule
 
 RULES: tuple[Rule, ...] = (
@@ -12,6 +12,7 @@ RULES: tuple[Rule, ...] = (
     *optimizer.RULES,
     *evaluation.RULES,
     *checkpoint.RULES,
+    *ownership.RULES,
     *launch.RULES,
     *environment.RULES,
 )

@@ -14,13 +14,15 @@ from trainer.config.run import Recipe
 from trainer.core.environ import RankEnvironment
 from trainer.core.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, RefusedError, TrainerError
 from trainer.core.logs import RankLog, open_rank_log
+from trainer.core.private import keep_private, make_run_directory
 from trainer.resilience.signals import StopFlag
 from trainer.training.run_directory import RunDirectory
 
 
 def run_rank(recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], environment: RankEnvironment) -> int:
     """Train as one rank and return its exit code. The environment has been exported to os.environ."""
-    os.umask(0o077)  # a run directory holds paths, host names and data: private unless its owner opens it
+    keep_private(recipe.run.group_access)  # a run directory holds paths, host names and data
+    make_run_directory(Path(recipe.run.directory), recipe.run.group_access)
     directory: RunDirectory | None = None
     with StopFlag() as stop, open_rank_log(Path(recipe.run.directory), environment.rank) as log:
 

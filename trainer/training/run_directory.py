@@ -14,10 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from trainer.config.load import recipe_to_yaml
 from trainer.config.run import Recipe
+from trainer.config.yaml_text import dump_yaml
 from trainer.core.durable import replace_text
 from trainer.core.errors import CheckpointError
+from trainer.core.private import directory_mode, make_run_directory
+from trainer.core.redact import redacted, redacted_text, redacted_words
 from trainer.core.run_lock import RunLock, holder
 from trainer.core.status_file import write_status
 
@@ -38,13 +40,13 @@ class RunDirectory:
         ``say`` is told what became of a dead owner's lock.
         """
         self.path = Path(recipe.run.directory)
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_run_directory(self.path, recipe.run.group_access)
         self._lock = RunLock(self.path, say=say)
         self.attempt = 1 + max((int(p.name) for p in self.path.glob("attempts/[0-9]*") if p.name.isdigit()), default=0)
         self._status: dict[str, Any] = {"attempt": self.attempt, "restarts": self.attempt - 1}
         self._facts: dict[str, str] | None = {
-            "run.yaml": recipe_to_yaml(recipe),
-            "deepspeed.json": json.dumps(deepspeed_json, indent=2, sort_keys=True) + "\n",
+            "run.yaml": dump_yaml(redacted(recipe.model_dump(mode="json"))),
+            "deepspeed.json": json.dumps(redacted(deepspeed_json), indent=2, sort_keys=True) + "\n",
             "environment.json": json.dumps(_environment(world_size), indent=2, sort_keys=True) + "\n",
         }
 
@@ -73,7 +75,8 @@ class RunDirectory:
         if facts is None:
             return
         attempt = self.path / "attempts" / f"{self.attempt:04d}"
-        attempt.mkdir(mode=0o700, parents=True)
+        attempt.parent.mkdir(mode=directory_mode(), exist_ok=True)
+        attempt.mkdir(mode=directory_mode())
         for name, text in facts.items():
             replace_text(attempt / name, text)
             replace_text(self.path / name, text)
@@ -102,12 +105,12 @@ def _environment(world_size: int) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "command": sys.argv,
+        "command": redacted_words(sys.argv),
         "world_size": world_size,
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": versions,
-        "variables": {name: os.environ[name] for name in _LOGGED_VARIABLES if name in os.environ},
+        "variables": {name: redacted_text(os.environ[name]) for name in _LOGGED_VARIABLES if name in os.environ},
         "started_unix": time.time(),
     }
