@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from trainer.checkpoint import layout, random_state
 from trainer.checkpoint.coverage import coverage_problems
-from trainer.checkpoint.manifest_rules import unsound
+from trainer.checkpoint.manifest_rules import unsound, unsound_facts
 from trainer.checkpoint.sections import prefix_of
 from trainer.checkpoint.shard_file import hash_file
 from trainer.checkpoint.shard_reader import ShardReader
@@ -66,7 +66,7 @@ def examine(directory: Path, known: Known | None = None) -> list[Finding]:
             sound.add(name)
     covered = [Finding("coverage", text) for text in coverage_problems(manifest)]
     if not covered and not any(finding.kind == "manifest" for finding in found):
-        if (untrue := unsound(manifest)) is not None:
+        if (untrue := unsound_facts(manifest) or unsound(manifest)) is not None:
             return [*found, Finding("untrue", f"{layout.MANIFEST_NAME}: {untrue}")]
         found += [Finding("header", text) for text in _header_problems(directory, manifest, sound)]
     return found + covered + _foreign(directory, manifest, known or {})
