@@ -28,6 +28,8 @@ from trainer.config.load import load_recipe
 from trainer.core.errors import CheckpointError, RefusedError
 from trainer.data.loader import TrainLoader
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for five processes that import DeepSpeed
+
 LEARNING_RATE = 3e-3
 ROWS = 12
 # Odd sizes: every stage has to pad, and cuts parameters in the middle.
