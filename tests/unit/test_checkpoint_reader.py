@@ -165,9 +165,9 @@ def test_a_manifest_that_can_not_be_true_is_refused(tmp_path: Path, slices: Slic
     directory = layout.step_directory(tmp_path, 1)
     directory.mkdir(parents=True)
     save_file({"w::weight": torch.arange(8.0)}, directory / "a.safetensors")
-    opened = CheckpointReader(commit(tmp_path, (8,), "float32", slices, ["a.safetensors"]))
+    path = commit(tmp_path, (8,), "float32", slices, ["a.safetensors"])
     with pytest.raises(CheckpointError):
-        opened.whole("w")
+        CheckpointReader(path).whole("w")
 
 
 def test_a_range_beyond_the_tensor_is_refused(tmp_path: Path) -> None:

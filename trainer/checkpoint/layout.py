@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import xxhash
 
+from trainer.checkpoint.manifest_rules import unsound_facts
 from trainer.core.errors import Problem, RefusedError
 
 FORMAT = "trainer-checkpoint"
@@ -167,6 +168,8 @@ def find_problems(directory: Path) -> list[str]:
     files: object = manifest.get("files")
     if not isinstance(files, dict) or not files:
         return [f"{MANIFEST_NAME} lists no files"]
+    if (unsound := unsound_facts(manifest)) is not None:
+        return [f"{MANIFEST_NAME}: {unsound}"]
     listed = cast("dict[object, object]", files)
     return [problem for name, facts in listed.items() if (problem := _file_problem(directory, name, facts))]
 

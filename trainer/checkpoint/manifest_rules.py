@@ -9,11 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, cast
-
-from trainer.checkpoint import layout
-from trainer.core.errors import CheckpointError
 
 ITEM_BYTES = {
     "float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1,
@@ -31,19 +27,38 @@ _COUNTERS = (
 )  # fmt: skip
 
 
-def refuse_unsound(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise CheckpointError naming the field if the manifest of ``directory`` can't be true.
-
-    ``layout.find_problems`` must have found its list of files in order.
-    """
-    problem = next(_problems(manifest), None)
-    if problem is not None:
-        raise CheckpointError(f"{layout.manifest_path(directory)}: {problem}")
-
-
 def unsound(manifest: Mapping[str, Any]) -> str | None:
-    """Return the first thing that can't be true, None if there is none, or if the version is not ours to judge."""
-    return next(_problems(manifest), None) if manifest.get("version") in layout.VERSIONS else None
+    """Return the first thing that can't be true of a manifest, by its field, None if there is none.
+
+    It must be of a known version, and ``layout.find_problems`` must have found nothing.
+    """
+    return next(_problems(manifest), None)
+
+
+def unsound_facts(manifest: Mapping[str, Any]) -> str | None:
+    """Return what can't be true of counters and model, None if nothing: those are few, and are read by many."""
+    for name in ("state", "model"):
+        if not isinstance(manifest.get(name, {}), dict):
+            return f"{name} is no mapping"
+    state, model = _mapping(manifest.get("state")), _mapping(manifest.get("model"))
+    return next(_state(state), None) or next(_model(model, len(_mapping(manifest.get("tensors")))), None)
+
+
+def uncovered(manifest: Mapping[str, Any]) -> str | None:
+    """Return the first state of which elements lie in no file, None if all are there. ``unsound`` found nothing."""
+    for name, entry in manifest["tensors"].items():
+        for key, state in entry["states"].items():
+            held: dict[tuple[int, ...] | None, int] = {}
+            for _, _, count, *cut in state["slices"]:
+                part = tuple(cut[0]) if cut else None
+                held[part] = held.get(part, 0) + count
+            num_elements = math.prod(entry["shape"])
+            parts = {part: num for part, num in held.items() if part is not None}
+            complete = held.get(None) == num_elements or not num_elements
+            complete = complete or (len({part[1] for part in parts}) == next(iter(parts), (0, 0, 0))[2] > 0)
+            if not complete or any(num * part[2] != num_elements for part, num in parts.items()):
+                return f"tensors.{name!r}.states.{key!r}.slices leave elements out"
+    return None
 
 
 def _problems(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -57,7 +72,7 @@ def _problems(manifest: Mapping[str, Any]) -> Iterator[str]:
         return
     if len(shards) != world_size:
         yield f"shards has {len(shards)} names for {world_size} ranks"
-    for name in ("tensors", "state", "model"):
+    for name in ("tensors", "state", "model"):  # find_problems has seen to what is in the last two
         if not isinstance(manifest.get(name), dict):
             yield f"{name} is no mapping"
     for name, kind in (("recipe", dict), ("topology", dict), ("libraries", dict), ("frozen", list)):
@@ -70,8 +85,6 @@ def _problems(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is nested more than {_MOST_DEPTH} levels deep"
     for name, entry in manifest["tensors"].items():
         yield from _tensor(name, entry, [sizes[shard] for shard in shards], sum(sizes.values()))
-    yield from _state(manifest["state"])
-    yield from _model(manifest["model"], len(manifest["tensors"]))
 
 
 def _tensor(name: str, entry: object, shard_bytes: list[int], total_bytes: int) -> Iterator[str]:
@@ -89,8 +102,11 @@ def _tensor(name: str, entry: object, shard_bytes: list[int], total_bytes: int) 
         where = f"{field}.states.{key[:200]!r}"
         facts = _mapping(state)
         dtype, slices = facts.get("dtype"), _list(facts.get("slices"))
-        if not isinstance(dtype, str) or dtype not in ITEM_BYTES or slices is None or not _NAME.fullmatch(key):
-            yield f"{where} has no known dtype, no slices or no name"
+        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+            yield f"{where}: unknown dtype {str(dtype)[:50]!r}"
+            return
+        if slices is None or not _NAME.fullmatch(key):
+            yield f"{where} has no slices, or is no name"
             return
         if math.prod(shape) * ITEM_BYTES[dtype] > total_bytes:
             yield f"{field}.shape is larger than all files together"
@@ -100,7 +116,10 @@ def _tensor(name: str, entry: object, shard_bytes: list[int], total_bytes: int) 
 def _slices(
     where: str, slices: list[Any], shape: tuple[int, ...], item_bytes: int, shard_bytes: list[int]
 ) -> Iterator[str]:
-    """Yield what is wrong with where a state's elements lie: each must be there once, in a file that can hold it."""
+    """Yield what is wrong with where a state's elements lie: each at most once, in a file that can hold it.
+
+    What is nowhere is found when it is read, or by ``uncovered``.
+    """
     groups: dict[tuple[int, ...] | None, list[tuple[int, int]]] = {}
     for number, entry in enumerate(slices):
         field = f"{where}.slices[{number}]"
@@ -121,14 +140,11 @@ def _slices(
     for cut, ranges in groups.items():
         expected, end = math.prod(shape) // (cut[2] if cut else 1), 0
         for low, high in sorted(ranges):
-            if low != end:
-                yield f"{where}.slices {'overlap' if low < end else 'leave a gap'} at element {min(low, end)}"
-                return
+            if low < end:
+                yield f"{where}.slices overlap at element {low}"
             end = high
-        if end != expected:
-            yield f"{where}.slices hold {end} of {expected} elements"
-    if not groups and math.prod(shape):
-        yield f"{where}.slices are none"
+        if end > expected:
+            yield f"{where}.slices reach to {end} of {expected} elements"
 
 
 def _cut(value: object, shape: tuple[int, ...]) -> tuple[int, ...] | None:

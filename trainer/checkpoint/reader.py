@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from trainer.checkpoint import layout, random_state
-from trainer.checkpoint.manifest_rules import refuse_unsound
+from trainer.checkpoint.manifest_rules import unsound
 from trainer.checkpoint.pieces import Numbers, find_pieces, fits, split_at
 from trainer.checkpoint.sections import prefix_of
 from trainer.checkpoint.shard_file import DTYPES
@@ -80,7 +80,8 @@ class CheckpointReader:
                 f"{directory}: format version {manifest.get('version')!r}, this trainer reads {layout.VERSION}: "
                 "upgrade it"
             )
-        refuse_unsound(directory, manifest)
+        if (problem := unsound(manifest)) is not None:
+            raise CheckpointError(f"{layout.manifest_path(directory)}: {problem}")
         self.directory = directory
         self.step: int = manifest["step"]
         self.world_size: int = manifest["world_size"]

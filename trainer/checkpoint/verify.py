@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.checkpoint import layout
-from trainer.checkpoint.manifest_rules import unsound
+from trainer.checkpoint.manifest_rules import uncovered, unsound
 from trainer.checkpoint.shard_file import hash_file
 
 
@@ -15,8 +15,10 @@ def damaged_files(directory: Path, part: int = 0, parts: int = 1) -> list[str]:
     manifest = layout.read_manifest(directory)
     if problems or manifest is None:
         return problems
-    if part == 0 and (problem := unsound(manifest)) is not None:
-        return [f"{layout.MANIFEST_NAME}: {problem}"]
+    if part == 0 and manifest.get("version") in layout.VERSIONS:
+        problem = unsound(manifest) or uncovered(manifest)
+        if problem is not None:
+            return [f"{layout.MANIFEST_NAME}: {problem}"]
     for name, facts in sorted(manifest["files"].items())[part::parts]:
         listed = layout.file_parts(facts) or []
         try:

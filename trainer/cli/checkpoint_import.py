@@ -40,6 +40,7 @@ def import_checkpoint(
     from trainer.checkpoint.import_open import model_path, open_source, tokenizer_beside
     from trainer.checkpoint.import_run import refuse_output, write_run
     from trainer.config.model import ModelConfig
+    from trainer.core.private import keep_private
     from trainer.models.build import skeleton
     from trainer.models.config import hugging_face_config
     from trainer.training.state import TrainState
@@ -57,6 +58,7 @@ def import_checkpoint(
         skipped_steps=max(0, imported.step - imported.optimizer_steps) if imported.moments else 0,
     )
     kept = tokenizer or tokenizer_beside(model_path(source, model))
+    keep_private("none")
     losses = write_run(imported, config, output, state.to_json(), kept, found, compare_loss)
     _say(imported, output, losses)
 
@@ -81,5 +83,5 @@ def _say(source: Source, output: Path, losses: tuple[float, float] | None) -> No
     if source.moments:
         typer.echo(
             f"to continue at step {source.step} with its moments: run.directory: {output}, model.path: {output} and "
-            "checkpoint.accept_changed_data: true (which data it has read can't be known)"
+            "checkpoint.accept_changes: [data] (which data it has read can't be known)"
         )
