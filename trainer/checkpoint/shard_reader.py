@@ -66,6 +66,10 @@ class ShardReader:
         """Return the keys of the shard."""
         return set(self._places)
 
+    def places(self) -> dict[str, tuple[str, int]]:
+        """Return (dtype as torch calls it, number of elements) of every tensor, by key."""
+        return {key: (str(place.dtype).removeprefix("torch."), place.count) for key, place in self._places.items()}
+
     def read(self, key: str, start: int, count: int) -> torch.Tensor:
         """Return ``count`` elements of the flat tensor ``key`` from ``start``, or what there is of them."""
         place = self._place(key)

@@ -168,13 +168,13 @@ def restore_generators(here: Resumption) -> bool:
     """Restore this rank's generators, or seed them anew where it has another place. Return whether they were restored.
 
     Ranks that share activations must draw alike, and those that don't must not: another division of as many ranks
-    can't go on with the old ones.
+    can't go on with the old ones. A checkpoint that was rewritten for another number of ranks holds none.
     """
     reader, ranks, parallel = here.reader, here.ranks, here.recipe.parallel
     places = {"pipeline": parallel.pipeline, "tensor": parallel.tensor, "sequence": parallel.sequence}
     alike = all(reader.topology.get(axis, degree) == degree for axis, degree in places.items())
-    if reader.world_size == ranks.world_size and alike:
-        random_state.restore(reader.random_states(ranks.rank))
+    if reader.world_size == ranks.world_size and alike and (states := reader.random_states(ranks.rank)):
+        random_state.restore(states)
         return True
     random_state.seed_everything(here.recipe.run.seed, ranks.rank // parallel.tensor, here.state.step)
     return False
