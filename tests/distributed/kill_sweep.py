@@ -14,7 +14,7 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,9 @@ def tensors(run: Path) -> tuple[int, dict[tuple[str, str], torch.Tensor]]:
 class Sweep:
     """One run that is killed, beside one that is not."""
 
-    def __init__(self, trainer: Trainer, layout_name: str, kills: int, draw: random.Random) -> None:
-        self.trainer, self.kills, self.draw = trainer, kills, draw
-        self.steps = STEPS_A_KILL * kills + 20
+    def __init__(self, trainer: Trainer, layout_name: str, attempts: Sequence[Attempt], draw: random.Random) -> None:
+        self.trainer, self.attempts, self.draw = trainer, attempts, draw
+        self.steps = STEPS_A_KILL * len(attempts) + 20
         settings: dict[str, Any] = LAYOUTS[layout_name] | {
             "checkpoint": {"every_steps": EVERY_STEPS, "keep_last": 2, "keep_every_steps": 50},
             "evaluation": {"every_steps": 50},
@@ -134,7 +134,8 @@ class Sweep:
                 self.killed, *overrides, kill=kill, grace_seconds=self.draw.choice([0.0, self.draw.uniform(0, 0.3)])
             )
         else:
-            step = before + 2 * EVERY_STEPS
+            # Pruning comes after a commit, and its step is the one that goes.
+            step = "*" if attempt.point.endswith("prune") else before + 2 * EVERY_STEPS
             faults = f"{attempt.point}:{attempt.rank}:{step}:{attempt.kind}"
             codes = self.trainer.train(self.killed, *overrides, faults=faults)
         said = self.killed.with_suffix(".out").read_text()[-2000:]
@@ -147,13 +148,13 @@ class Sweep:
         """Kill the run as often as asked, let it finish, compare."""
         began = time.monotonic()
         self.trainer.check(self.trainer.train(self.straight), self.straight)
-        for number, attempt in enumerate(itertools.islice(plan(self.draw), self.kills), 1):
+        for number, attempt in enumerate(self.attempts, 1):
             self.kill(attempt)
             say(f"kill {number}: {attempt.name} rank {attempt.rank} {attempt.kind}, committed step {newest(self.run)}")
         assert newest(self.run) < self.steps, "the last kill came after the last step"
         self.trainer.check(self.trainer.train(self.killed), self.killed)
         status = self.trainer.status(self.run.name)
-        assert status["attempt"] >= self.kills + 1
+        assert status["attempt"] >= len(self.attempts) + 1
         assert (status["state"], status["step"]) == ("finished", self.steps)
         assert self.trainer.metrics(self.run.name) == self.trainer.metrics(self.straight.stem), "losses differ"
         (step, expected), (found_step, found) = tensors(self.straight.with_suffix("")), tensors(self.run)
@@ -163,9 +164,9 @@ class Sweep:
         left = [path.name for path in layout.checkpoints_directory(self.run).iterdir() if path.name.startswith(".")]
         assert left == []
         say(
-            f"{self.run.name}: {self.kills} kills, {status['attempt']} attempts, {self.steps} steps, {self.checked}"
-            f" committed checkpoints opened and hashed after kills, 0 damaged; losses and {len(expected)} tensors"
-            f" identical; {time.monotonic() - began:.0f} s"
+            f"{self.run.name}: {len(self.attempts)} kills, {status['attempt']} attempts, {self.steps} steps; after"
+            f" kills {self.checked} committed checkpoints opened and hashed, none damaged; losses and"
+            f" {len(expected)} tensors identical; {time.monotonic() - began:.0f} s"
         )
 
 
@@ -181,7 +182,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="kill-sweep-") as directory, Trainer(Path(directory)) as trainer:
         for name in LAYOUTS if arguments.layout == "both" else [arguments.layout]:
-            sweep = Sweep(trainer, name, arguments.kills, random.Random(f"{arguments.seed} {name}"))
+            draw = random.Random(f"{arguments.seed} {name}")
+            sweep = Sweep(trainer, name, list(itertools.islice(plan(draw), arguments.kills)), draw)
             sweep.go(say)
             for place, times in sorted(sweep.died.items()):
                 say(f"  {times:3d} {place}")

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from forked_runs import STEPS, Kill, Trainer
 from kill_sweep import refuse_damage, tensors
 from packages import give_up
 
 from trainer.checkpoint import layout
 from trainer.core.lock_owner import Owner, Place
-from trainer.core.run_lock import lock_path
+from trainer.core.run_lock import holder, lock_path
 
 SAVES = {"every_steps": 5, "keep_last": 5}
 WAYS = [pytest.param(False, id="synchronous"), pytest.param(True, id="asynchronous")]
@@ -308,6 +309,28 @@ def test_the_lock_of_a_dead_host_is_explained_and_taken_over(trainer: Trainer, s
     assert "stale lock of pid 17 on node3 (no sign of life for 0.6 s) taken over" in said(recipe)
     assert lock_path(run).read_bytes() == b""
     same_end(trainer, run.name)
+
+
+def test_a_second_job_is_refused_with_the_name_of_the_first(trainer: Trainer) -> None:
+    recipe = trainer.recipe("two-jobs", checkpoint=SAVES, run={"steps": 60})
+    run = trainer.directory / recipe.stem
+    seen: dict[str, Any] = {}
+
+    def start_second() -> None:
+        deadline = time.monotonic() + 60
+        while not layout.step_directories(run) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seen["owner"] = holder(run)
+        seen["second"] = tiny.run(tiny.command("train", recipe), run)
+
+    thread = threading.Thread(target=start_second)
+    thread.start()
+    trainer.check(trainer.train(recipe), recipe)
+    thread.join()
+    assert seen["owner"].startswith("pid ")
+    assert seen["second"].returncode == 2
+    assert f"another job is training here ({seen['owner']})" in " ".join(seen["second"].stderr.split())
+    assert trainer.status(run.name)["attempt"] == 1
 
 
 @pytest.mark.parametrize("asynchronous", WAYS)

@@ -139,7 +139,8 @@ def test_the_best_checkpoint_is_saved_and_kept(trainer: Trainer) -> None:
 
 
 def test_the_best_checkpoint_outlives_kills_and_milestones(trainer: Trainer) -> None:
-    settings = DIVERGING | {"checkpoint": {"every_steps": 3, "keep_last": 1, "keep_best": True}}
+    checkpoint = {"every_steps": 3, "keep_last": 1, "keep_best": True, "asynchronous": True}
+    settings = DIVERGING | {"checkpoint": checkpoint}
     straight = trainer.recipe("outlives-straight", **settings)
     trainer.check(trainer.train(straight), straight)
     recipe = trainer.recipe("outlives", **settings)

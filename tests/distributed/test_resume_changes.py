@@ -68,7 +68,11 @@ def tensors(run: Path, step: int) -> dict[tuple[str, str], torch.Tensor]:
 
 def snapshot(run: Path) -> dict[str, bytes]:
     """Everything a start may not change before it is sure; logs and the lock are its own."""
-    files = [path for path in run.rglob("*") if path.is_file() and "logs" not in path.parts and path.name != ".lock"]
+    files = [
+        path
+        for path in run.rglob("*")
+        if path.is_file() and "logs" not in path.parts and not path.name.startswith(".lock")
+    ]
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 

@@ -91,3 +91,26 @@ def test_exports_are_the_same_with_and_without_tensor_ranks(trainer: Trainer, tm
 def test_frozen_parameters_stay(trainer: Trainer) -> None:
     recipe = trainer.recipe("frozen", dropout=0.0, model={"freeze": [r"wte|h\.0\."]}, **TENSOR)
     trainer.check(trainer.train(recipe, "run.steps=4", "checkpoint.every_steps=2"), recipe)
+
+
+def test_ranks_that_become_tensor_ranks_draw_alike(trainer: Trainer) -> None:
+    """Two replicas' generators differ; two halves of a model that went on with them would drop other activations."""
+    source = trainer.recipe("replicas")
+    trainer.check(trainer.train(source, "run.steps=12", "checkpoint.every_steps=10"), source)
+    shutil.rmtree(trainer.directory / "replicas" / "checkpoints" / "step-00000012")
+    for name in ("replicas-alone", "replicas-divided", "alone-divided"):
+        origin = "replicas-alone" if name == "alone-divided" else "replicas"
+        shutil.copytree(trainer.directory / origin, trainer.directory / name)
+        if name == "replicas-alone":  # one process writes the same state again, and with it one generator
+            recipe = trainer.recipe(name)
+            trainer.check(trainer.train(recipe, "run.steps=11", world=1, before="save_at_start"), recipe)
+            shutil.rmtree(trainer.directory / name / "checkpoints" / "step-00000011")
+        else:
+            recipe = trainer.recipe(name, **TENSOR)
+            trainer.check(trainer.train(recipe, "run.steps=14"), recipe)
+            assert trainer.status(name)["resumed_step"] == 10
+    expected, found = trainer.metrics("alone-divided"), trainer.metrics("replicas-divided")
+    later = [key for key in expected if key[0] > 10]
+    assert len(later) > 3
+    assert max(abs(found[key] - expected[key]) for key in later) < 1e-5
+    assert "on as many, divided otherwise" in trainer.recipe("replicas-divided").with_suffix(".out").read_text()

@@ -37,6 +37,30 @@ def commit(run: Path, step: int, **changes: Any) -> Path:
     return directory
 
 
+def test_no_flipped_bit_of_a_manifest_goes_unnoticed(tmp_path: Path) -> None:
+    directory = commit(tmp_path, 50)
+    path, fields = layout.manifest_path(directory), manifest_of(50)
+    path.write_text(layout.manifest_text(fields))
+    content = path.read_bytes()
+    assert layout.read_manifest(directory) == fields
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 7]) + content[place + 1 :])
+        found = layout.read_manifest(directory)
+        # A flip in the name of the hash leaves everything else as it was.
+        assert found is None or {name: found[name] for name in fields} == fields, place
+    assert layout.read_manifest(directory) is None  # the flip in the last byte
+
+
+def test_an_edited_manifest_is_taken_as_it_is(tmp_path: Path) -> None:
+    directory = commit(tmp_path, 50)
+    path = layout.manifest_path(directory)
+    fields = json.loads(layout.manifest_text(manifest_of(50)))
+    path.write_text(json.dumps(fields | {"version": 7}))
+    assert layout.read_manifest(directory) == manifest_of(50, version=7)
+    path.write_text(layout.manifest_text(fields | {"version": 7}))
+    assert layout.read_manifest(directory) == manifest_of(50, version=7)
+
+
 def test_names(tmp_path: Path) -> None:
     assert layout.step_directory(tmp_path, 50) == tmp_path / "checkpoints/step-00000050"
     assert layout.temporary_directory(tmp_path, 50, "0001").name == ".step-00000050.tmp-0001"

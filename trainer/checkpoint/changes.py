@@ -148,7 +148,9 @@ def _optimizer_problems(
         return
     before = name if isinstance(name, str) else _deduced(held)
     if before != config.name:
-        rule = f"{where} holds the state of {before} ({_keys(held)}), {config.name} keeps {_keys(wanted)}"
+        # Weights may have been imported without any.
+        known = f"the state of {before} ({_keys(held)})" if held or name is not None else "no state of an optimizer"
+        rule = f"{where} holds {known}, {config.name} keeps {_keys(wanted)}"
         yield Problem("optimizer.name", config.name, rule, OPTIMIZER_FIX)
     elif config.name == "sgd":
         rule = f"{where} holds {_keys(held)}, SGD keeps {_keys(wanted)} with it"

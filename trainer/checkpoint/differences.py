@@ -10,6 +10,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from trainer.config.run import Recipe
+from trainer.core.redact import redacted
 
 _OWN = ("run.directory", "telemetry.", "launch.", "checkpoint.accept_change")
 """Keys that say nothing about what is trained."""
@@ -27,11 +28,12 @@ def recipe_differences(stored: object, recipe: Recipe) -> list[str]:
     before = cast("dict[str, Any]", stored)
     with contextlib.suppress(ValidationError):  # of another version of the trainer: compared as it stands
         before = Recipe.model_validate(before).model_dump(mode="json")
-    then, now = dict(_leaves(before, "")), dict(_leaves(recipe.model_dump(mode="json"), ""))
+    after = redacted(recipe.model_dump(mode="json"))  # as the stored one was
+    then, now = dict(_leaves(before, "")), dict(_leaves(after, ""))
     return [
-        f"{key}: {_shown(then, key)} -> {_shown(now, key)}"
+        f"{key}: {_shown(then.get(key))} -> {_shown(now.get(key))}"
         for key in sorted(then.keys() | now.keys())
-        if then.get(key, _ABSENT) != now.get(key, _ABSENT) and not key.startswith(_OWN)
+        if then.get(key) != now.get(key) and not key.startswith(_OWN)
     ]
 
 
@@ -86,17 +88,8 @@ def _leaves(value: object, key: str) -> Iterator[tuple[str, object]]:
         yield from _leaves(item, f"{key}.{name}" if key else str(name))
 
 
-class _Absent:
-    """In place of a value where there is no such key; equal to itself alone."""
-
-
-_ABSENT = _Absent()
-
-
-def _shown(leaves: Mapping[str, object], key: str) -> str:
-    if key not in leaves:
-        return "nothing"
-    text = json.dumps(leaves[key], ensure_ascii=False, default=str)
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 

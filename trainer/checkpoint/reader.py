@@ -85,6 +85,8 @@ class CheckpointReader:
         self.directory = directory
         self.step: int = manifest["step"]
         self.world_size: int = manifest["world_size"]
+        self.topology: dict[str, int] = manifest.get("topology", {})
+        """Degrees it was written at; the first checkpoints do not say."""
         self.state: dict[str, Any] = manifest["state"]
         self.model: dict[str, Any] = manifest["model"]
         self._tensors: dict[str, Any] = manifest["tensors"]

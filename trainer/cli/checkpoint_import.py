@@ -83,5 +83,5 @@ def _say(source: Source, output: Path, losses: tuple[float, float] | None) -> No
     if source.moments:
         typer.echo(
             f"to continue at step {source.step} with its moments: run.directory: {output}, model.path: {output} and "
-            "checkpoint.accept_changed_data: true (which data it has read can't be known)"
+            "checkpoint.accept_changes: [data] (which data it has read can't be known)"
         )

@@ -70,7 +70,8 @@ def load_checkpoint(
         engine.load_state(reader, here.state.optimizer_steps)
     if not restore_generators(here):
         then, now = here.reader.world_size, here.ranks.world_size
-        here.say(f"resuming {then} ranks' checkpoint on {now}: random generators start anew")
+        where = str(now) if now != then else "as many, divided otherwise"
+        here.say(f"resuming {then} ranks' checkpoint on {where}: random generators start anew")
 
 
 def refuse_if_different(
@@ -164,10 +165,16 @@ def refuse_beyond_budget(recipe: Recipe, derived: Derived, sampler: Sampler) -> 
 
 
 def restore_generators(here: Resumption) -> bool:
-    """Restore this rank's generators; at another number of ranks seed them anew. Return whether they were restored."""
-    ranks, recipe = here.ranks, here.recipe
-    if here.reader.world_size == ranks.world_size:
-        random_state.restore(here.reader.random_states(ranks.rank))
+    """Restore this rank's generators, or seed them anew where it has another place. Return whether they were restored.
+
+    Ranks that share activations must draw alike, and those that don't must not: another division of as many ranks
+    can't go on with the old ones.
+    """
+    reader, ranks, parallel = here.reader, here.ranks, here.recipe.parallel
+    places = {"pipeline": parallel.pipeline, "tensor": parallel.tensor, "sequence": parallel.sequence}
+    alike = all(reader.topology.get(axis, degree) == degree for axis, degree in places.items())
+    if reader.world_size == ranks.world_size and alike:
+        random_state.restore(reader.random_states(ranks.rank))
         return True
-    random_state.seed_everything(recipe.run.seed, ranks.rank // recipe.parallel.tensor, here.state.step)
+    random_state.seed_everything(here.recipe.run.seed, ranks.rank // parallel.tensor, here.state.step)
     return False
