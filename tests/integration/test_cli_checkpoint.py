@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +20,13 @@ from forked_runs import Trainer
 from safetensors.torch import load_file
 
 from trainer.checkpoint import layout
+from trainer.checkpoint.commit import Commit
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.shard_file import hash_file
+from trainer.checkpoint.sections import Holding, make_plan
+from trainer.checkpoint.shard_file import Entry, hash_file, streamed, write_section
 from trainer.checkpoint.tensor_diff import tensor_differences
 from trainer.cli.main import main
+from trainer.config.checkpoint import CheckpointConfig
 from trainer.core.run_lock import RunLock
 
 STEPS = [4, 6, 8]
@@ -526,6 +530,41 @@ def test_a_killed_reshape_leaves_nothing_that_counts_and_can_be_repeated(
     done = tiny.run(command, world)
     assert done.returncode == 0, done.stderr
     assert cli("verify", tmp_path / "out") == (0, "step 8: ok\n")
+
+
+def test_memory_does_not_grow_with_tensors(world: Path, tmp_path: Path) -> None:
+    """One tensor of 400 MB: rewritten, compared and scanned in little more memory than the tiny model."""
+    count = 100_000_000
+    manifest = layout.read_manifest(step_of(world / "runs/tiny", 8))
+    assert manifest is not None
+    big = tmp_path / "big"
+    slices = (("w", "weight", "float32", (count // 10, 10), 0, count, None),)
+    holding = Holding("here", (("w::weight", "F32", count),), 4 * count, slices, 0, False)
+    plan = make_plan([holding], "rank")
+    commit = Commit(big, "test", CheckpointConfig(), lambda: None)
+    commit.reap()
+    commit.begin(8, plan)
+    entries = [Entry.of("", torch.full((count // 10,), float(number))) for number in range(10)]
+    path = commit.temporary(8) / plan.sections[0].file
+    written = write_section(path, 0, streamed(plan.sections[0].header, entries), lambda: None)
+    commit.commit(8, plan, [written], {"state": manifest["state"], "model": manifest["model"] | {"config": {}}})
+
+    def peak(run: Path, output: Path) -> float:
+        """Return the MiB that rewriting, comparing and scanning took at most."""
+        commands = (["reshape", run, "--output", output, "--ranks", 1], ["diff", run, output, "--tensors"],
+                    ["verify", output, "--nan-scan"])  # fmt: skip
+        peaks = []
+        for arguments in commands:
+            process = subprocess.Popen(
+                tiny.command("checkpoint", *arguments), env=tiny.environment(), stdout=subprocess.DEVNULL
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            assert process.returncode == 0, arguments
+            peaks.append(usage.ru_maxrss / 1024)
+        return max(peaks)
+
+    assert peak(big, tmp_path / "out") < peak(world / "runs/tiny", tmp_path / "small") + 150
 
 
 @pytest.mark.usefixtures("untouched")

@@ -85,6 +85,16 @@ def test_prune_never_deletes_the_newest_sound_one(tmp_path: Path) -> None:
     assert (pruning.delete, pruning.keep, len(pruning.damaged)) == ((), (), 6)
 
 
+def test_prune_keeps_the_best_where_the_recipe_does(tmp_path: Path) -> None:
+    state = {"train": {"best": {"step": 2}}}
+    for step in range(1, 5):
+        commit(tmp_path, step, state=state, recipe={"checkpoint": {"keep_best": True}})
+    assert plan_prune(tmp_path, 1, None, sound).keep == (2, 4)
+    assert [held.step for held in survey(tmp_path).checkpoints if held.best] == [2]
+    commit(tmp_path, 5, state=state, recipe={"checkpoint": {"keep_best": False}})
+    assert plan_prune(tmp_path, 1, None, sound).keep == (5,)
+
+
 def test_prune_keeps_what_a_newer_trainer_wrote(tmp_path: Path) -> None:
     for step, version in ((1, 1), (2, 1), (3, 99)):
         commit(tmp_path, step, version=version)

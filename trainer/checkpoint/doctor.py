@@ -20,7 +20,7 @@ from trainer.checkpoint.survey import every_step_directory, is_newer
 from trainer.checkpoint.writer import slice_key
 from trainer.core.errors import CheckpointError
 
-Kind = Literal["manifest", "missing", "size", "contents", "header", "coverage", "foreign", "newer"]
+Kind = Literal["manifest", "missing", "size", "contents", "header", "coverage", "untrue", "foreign", "newer"]
 _HARMLESS = ("foreign", "newer")
 Known = Mapping[str, str]
 """By hash, of which checkpoint's file a file may be: "rank-00001.safetensors of step 50"."""
@@ -67,7 +67,7 @@ def examine(directory: Path, known: Known | None = None) -> list[Finding]:
     covered = [Finding("coverage", text) for text in coverage_problems(manifest)]
     if not covered and not any(finding.kind == "manifest" for finding in found):
         if (untrue := unsound(manifest)) is not None:
-            return [*found, Finding("manifest", f"{layout.MANIFEST_NAME}: {untrue}")]
+            return [*found, Finding("untrue", f"{layout.MANIFEST_NAME}: {untrue}")]
         found += [Finding("header", text) for text in _header_problems(directory, manifest, sound)]
     return found + covered + _foreign(directory, manifest, known or {})
 
@@ -147,7 +147,7 @@ def _file_problems(
         if digest in known:
             found.append(Finding("contents", f"{name}: is {known[digest]}"))
         else:
-            rule = f"{name}: {where} changed (xxh3_64 {digest}, the manifest says {expected})"
+            rule = f"{name}: {where} changed (xxh3_64 {digest}, not {expected})"
             found.append(Finding("contents", rule))
     return found
 

@@ -51,7 +51,7 @@ def plan_prune(
     read: set[int] = set()
     while True:
         sound = [step for step, found in held.items() if found.complete and step not in damaged]
-        doomed = to_delete(sound, last, every)
+        doomed = to_delete(sound, last, every, [step for step in sound if held[step].best])
         unread = [step for step in reversed(sound) if step not in doomed and step not in read]
         if not unread:
             break

@@ -14,6 +14,7 @@ from trainer.checkpoint.survey import DAMAGED_NAME, Survey, recipe_setting, surv
 from trainer.core.durable import fsync_directory, replace_text
 
 _GROUP_READ = 0o050
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def plan_repair(run_directory: Path) -> Treatment:
     for held in found.checkpoints:
         _treat(held.directory, held.step, findings[held.step], treatment)
     _point(found, findings, max(good), treatment)
-    _make_private(run_directory, max(good), treatment)
+    _make_private(found, max(good), treatment)
     return treatment
 
 
@@ -61,8 +62,9 @@ def _treat(directory: Path, step: int, findings: Sequence[Finding], treatment: T
         if finding.kind == "newer":
             treatment.notes.append(f"step {step} {finding.text}; it is left as it is")
     if damage:
-        more = f" and {len(damage) - 1} more" if len(damage) > 1 else ""
-        text = f"step {step} is damaged ({damage[0].text}{more}): moved to {aside.name}/"
+        shown = [finding.text for finding in damage[:_SHOWN]]
+        more = [f"and {len(damage) - _SHOWN} more"] if len(damage) > _SHOWN else []
+        text = "\n    ".join([f"step {step} is damaged, moved to {aside.name}/:", *shown, *more])
         treatment.actions.append(Action(text, lambda: _move(directory, aside)))
         if any(finding.kind == "manifest" for finding in damage):
             treatment.notes.append(f"step {step}: a manifest can't be rebuilt from shards: restore it from a copy")
@@ -93,14 +95,16 @@ def _point(found: Survey, findings: dict[int, list[Finding]], newest: int, treat
     treatment.actions.append(Action(text, rewrite))
 
 
-def _make_private(run_directory: Path, newest: int, treatment: Treatment) -> None:
+def _make_private(found: Survey, newest: int, treatment: Treatment) -> None:
     """Take from others, and from the group where the recipe doesn't let it read, what they may do.
 
     A file in a closed directory is out of reach whatever its mode: directories decide whether anything is to be done.
     """
+    run_directory = found.run_directory
     manifest = layout.read_manifest(layout.step_directory(run_directory, newest)) or {}
     group = _GROUP_READ if recipe_setting(manifest, "run", "group_access") == "read" else 0
     open_paths = [path for path in _own_paths(run_directory) if path.is_dir() and _excess(path, group)]
+    open_paths = [path for path in open_paths if not {path, *path.parents} & {*found.interrupted}]
     if not open_paths:
         return
     names = ", ".join(path.name for path in open_paths[:4]) + (", ..." if len(open_paths) > 4 else "")

@@ -14,7 +14,7 @@ def survey_lines(found: Survey, now_unix: float) -> list[str]:
     notes: list[list[str]] = [[]]
     for held in found.checkpoints:
         age = format_duration(now_unix - held.created_unix) if held.created_unix is not None else "?"
-        kind = "milestone" if held.milestone else "rolling"
+        kind = "best" if held.best else "milestone" if held.milestone else "rolling"
         latest = ", latest" if held.step == found.pointed else ""
         shape = shape_text(held.world_size, held.topology)
         row = (str(held.step), format_bytes(held.num_bytes), shape, held.dtype or "?", age, kind)
@@ -48,6 +48,7 @@ def survey_object(found: Survey) -> dict[str, Any]:
                 "dtype": held.dtype,
                 "created_unix": held.created_unix,
                 "milestone": held.milestone,
+                "best": held.best,
                 "complete": held.complete,
                 "newer": held.newer,
                 "problems": list(held.problems),

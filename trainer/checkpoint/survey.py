@@ -31,6 +31,8 @@ class Held:
     created_unix: float | None
     milestone: bool
     """Whether its run never deletes it: a multiple of checkpoint.keep_every_steps."""
+    best: bool
+    """Whether it is kept as the one of the best evaluation (checkpoint.keep_best)."""
     newer: bool
     """Whether a newer trainer wrote it, in a format that this one can't read."""
     problems: tuple[str, ...]
@@ -59,7 +61,7 @@ class Survey:
 
 def survey(run_directory: Path) -> Survey:
     """Look at RUN/checkpoints. Raises RefusedError where the run has none."""
-    found = tuple(_held(step, path) for step, path in every_step_directory(run_directory))
+    found = _all_held(run_directory)
     interrupted = (*layout.temporary_directories(run_directory), *_pointer_leftovers(run_directory))
     if not found and not interrupted:
         rule, fix = "holds no checkpoint", "give the run.directory of a recipe"
@@ -110,8 +112,29 @@ def is_newer(manifest: Mapping[str, Any]) -> bool:
     return type(version) is int and version > layout.VERSION
 
 
-def _held(step: int, path: Path) -> Held:
-    manifest = layout.read_manifest(path) or {}
+def _all_held(run_directory: Path) -> tuple[Held, ...]:
+    manifests: dict[int, dict[str, Any]] = {
+        step: layout.read_manifest(path) or {} for step, path in every_step_directory(run_directory)
+    }
+    best = _best_step(manifests)
+    return tuple(
+        _held(step, path, manifests[step], step == best)
+        for step, path in every_step_directory(run_directory)
+        if step in manifests
+    )
+
+
+def _best_step(manifests: Mapping[int, Mapping[str, Any]]) -> int | None:
+    """Return the step of the best evaluation, as the newest readable manifest knows it; None: the run keeps none."""
+    readable = [step for step in manifests if manifests[step]]
+    if not readable:
+        return None
+    newest = manifests[max(readable)]
+    best: object = mapping(mapping(mapping(newest.get("state")).get("train")).get("best")).get("step")
+    return best if type(best) is int and recipe_setting(newest, "checkpoint", "keep_best") is True else None
+
+
+def _held(step: int, path: Path, manifest: Mapping[str, Any], best: bool) -> Held:
     world_size: object = manifest.get("world_size")
     created: object = manifest.get("created_unix")
     dtype: object = mapping(manifest.get("model")).get("dtype")
@@ -130,6 +153,7 @@ def _held(step: int, path: Path) -> Held:
         dtype=dtype if isinstance(dtype, str) else None,
         created_unix=float(created) if isinstance(created, int | float) else None,
         milestone=type(every) is int and every > 0 and step % every == 0,
+        best=best,
         newer=newer,
         problems=tuple(problems),
     )
