@@ -160,9 +160,9 @@ class Sweep:
         (step, expected), (found_step, found) = tensors(self.straight.with_suffix("")), tensors(self.run)
         assert (found_step, found.keys()) == (step, expected.keys()) == (self.steps, expected.keys())
         different = [key for key in expected if not torch.equal(found[key], expected[key])]
-        assert different == [], "tensors differ"
-        left = [path.name for path in layout.checkpoints_directory(self.run).iterdir() if path.name.startswith(".")]
-        assert left == []
+        assert different == [], f"tensors differ: {different}"
+        left = [path.name for path in [*self.run.iterdir(), *layout.checkpoints_directory(self.run).iterdir()]]
+        assert [name for name in left if ".tmp-" in name] == [], left
         say(
             f"{self.run.name}: {len(self.attempts)} kills, {status['attempt']} attempts, {self.steps} steps; after"
             f" kills {self.checked} committed checkpoints opened and hashed, none damaged; losses and"

@@ -26,6 +26,8 @@ def initialized(case: dict) -> tuple:
     torch.manual_seed(5)
     config = AutoConfig.for_model(**case["config"])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name in buffers_of(model):
+        model.get_buffer(name).uniform_(0, 1e-3)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in case.get("frozen", []))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -46,6 +48,11 @@ def initialized(case: dict) -> tuple:
     return model, deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 
+def buffers_of(model) -> list[str]:
+    """Return the names of the buffers that belong to the model's state."""
+    return sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys())
+
+
 def step(engine, batch: list) -> float:
     rows = torch.tensor(batch)[rank::world]  # [rows, length + 1]
     logits = engine(input_ids=rows[:, :-1]).logits.float()
@@ -59,7 +66,7 @@ def step(engine, batch: list) -> float:
 
 def state_of(model, engine, case: dict) -> dict:
     """Return masters and moments by NAME::KEY; gathered by DeepSpeed, so all ranks call it."""
-    found = {}
+    found = {f"{name}::weight": model.get_buffer(name) for name in buffers_of(model)}
     if case["stage"] in (1, 2):  # DeepSpeed 0.19.8 links them after the first group's first step: others have none yet
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -39,6 +39,14 @@ LLAMA: dict[str, Any] = {
     "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
 TIED = LLAMA | {"tie_word_embeddings": True}
+# Experts, and a buffer that belongs to the model's state.
+EXPERTS: dict[str, Any] = {
+    "model_type": "deepseek_v3", "vocab_size": 512, "hidden_size": 16, "intermediate_size": 8,
+    "moe_intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 2, "v_head_dim": 4, "qk_nope_head_dim": 2,
+    "first_k_dense_replace": 1, "max_position_embeddings": 64,
+}  # fmt: skip
 FROZEN = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"]
 CASES: dict[str, dict[str, Any]] = {
     "zero0-float32": {"stage": 0, "dtype": "float32", "config": LLAMA},
@@ -358,12 +366,25 @@ def test_hugging_face_weights(tmp_path: Path, dtype: torch.dtype, size: str) -> 
     shutil.copytree(tmp_path / "tokenizer", tmp_path / "source", dirs_exist_ok=True)
     said = run_import(tmp_path / "source", tmp_path / "run")
     assert "weights only" in said
+    readable = [path for path in (tmp_path / "run").rglob("*") if path.stat().st_mode & 0o077]
+    assert not readable
     assert (tmp_path / "run/tokenizer/tokenizer.json").exists()
     reader = reader_of(tmp_path / "run")
     assert reader.model["dtype"] == str(dtype).removeprefix("torch.")
     assert sorted(reader.names()) == sorted(name for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(reader.whole(name), parameter.detach().float()), name
+
+
+def test_buffers_of_hugging_face_weights(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**EXPERTS), dtype=torch.float32)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    model.get_buffer(name).uniform_(0, 1e-3)
+    model.save_pretrained(tmp_path / "source")
+    run_import(tmp_path / "source", tmp_path / "run")
+    assert torch.equal(reader_of(tmp_path / "run").whole(name), model.get_buffer(name))
 
 
 def test_pickled_or_incomplete_hugging_face_weights_are_refused(tmp_path: Path) -> None:

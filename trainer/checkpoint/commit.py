@@ -13,7 +13,7 @@ from trainer.checkpoint.sections import Plan
 from trainer.checkpoint.space import lacks_space
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.core import faults
-from trainer.core.durable import fsync_directory, replace_text, write_durably
+from trainer.core.durable import delete_leftovers, fsync_directory, replace_text, write_durably
 from trainer.core.errors import CheckpointError
 from trainer.core.private import directory_mode
 
@@ -32,6 +32,7 @@ class Commit:
     def reap(self) -> None:
         """Delete what interrupted saves left. Raises OSError if the directory of checkpoints can't be made."""
         layout.checkpoints_directory(self._run).mkdir(mode=directory_mode(), parents=True, exist_ok=True)
+        delete_leftovers(layout.checkpoints_directory(self._run))
         for leftover in layout.temporary_directories(self._run):
             shutil.rmtree(leftover, ignore_errors=True)
 

@@ -23,6 +23,7 @@ from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.core.durable import fsync_directory
 from trainer.core.errors import CheckpointError, Problem, RefusedError
+from trainer.core.private import private_like
 from trainer.engine.base import StateSlice
 from trainer.models.config import config_to_dictionary
 from trainer.models.tokenizer import load_tokenizer
@@ -72,8 +73,6 @@ def write_run(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(mode=0o700, parents=True)
-        if tokenizer is not None:
-            _keep_tokenizer(tokenizer, temporary, config)
         model = {
             "config": config_to_dictionary(config),
             "dtype": source.dtype,
@@ -82,7 +81,9 @@ def write_run(
             "commit": getattr(config, "_commit_hash", None),
             "unpadded_vocabulary_size": None,
         }
-        with _alone():
+        with private_like(temporary), _alone():
+            if tokenizer is not None:
+                _keep_tokenizer(tokenizer, temporary, config)
             facts = {"state": {"train": state, "identity": {}}, "model": model}
             _write(temporary, source, facts | _provenance(source))
         reader = CheckpointReader(layout.step_directory(temporary, state["step"]))

@@ -22,10 +22,11 @@ from trainer.checkpoint import random_state
 from trainer.checkpoint.agreement import Ranks
 from trainer.checkpoint.commit import Commit
 from trainer.checkpoint.sections import Holding, Plan, Section, make_plan
-from trainer.checkpoint.shard_file import Entry, Image, streamed, write_section
+from trainer.checkpoint.shard_file import Entry, Image, padded, streamed, write_section
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.core import faults
 from trainer.core.errors import CheckpointError
+from trainer.core.units import format_bytes
 from trainer.engine.base import StateSlice
 
 
@@ -76,11 +77,11 @@ class CheckpointWriter:
         if self._ranks.rank == 0:
             self._commit.reap()
 
-    def prepare(self, slices: Iterable[StateSlice]) -> str | None:
+    def prepare(self, slices: Iterable[StateSlice]) -> list[str]:
         """Agree on who writes what and allocate the buffers of background saves. Collective.
 
-        Returns a sentence for the user where saves can't be in the background though they are asked to be, or where
-        space is short.
+        Returns sentences for the user, on rank 0: the memory of the buffers, or why saves can't be in the background
+        though they are asked to be, and whether space is short.
         """
         mine, entries = self._mine(slices)
         background = self._settings.asynchronous and all(isinstance(piece.held, torch.Tensor) for piece in mine)
@@ -106,16 +107,18 @@ class CheckpointWriter:
             pinned = any(isinstance(piece.held, torch.Tensor) and piece.held.is_cuda for piece in mine)
             self._image = Image(self._section.header, [*entries, *self._padding()], pinned)
         if self._plan is None:
-            return None
-        if self._settings.asynchronous and not possible:
+            return []
+        said: list[str] = []
+        if possible:
+            most = format_bytes(max(padded(held.num_bytes) for held in holdings or [holding]))
+            said.append(
+                f"checkpoints: {format_bytes(self._num_bytes)}, written in the background from {most} of memory a rank"
+            )
+        elif self._settings.asynchronous:
             why = "a copy of it does not fit into memory" if background else "state lies on NVMe"
-            return f"checkpoints are written while training waits: {why}"
-        return self._commit.short_of_space(self._plan)
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Memory that background saves of this rank keep."""
-        return self._image.num_bytes if self._image else 0
+            said.append(f"checkpoints: {format_bytes(self._num_bytes)}, written while training waits: {why}")
+        lacks = self._commit.short_of_space(self._plan)
+        return [*said, lacks] if lacks else said
 
     def save(
         self,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
+
+_TEMPORARY_NAME = re.compile(r"\..+\.tmp-[0-9]+")
 
 
 def fsync_directory(directory: Path) -> None:
@@ -22,6 +25,14 @@ def write_durably(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def delete_leftovers(directory: Path) -> None:
+    """Delete what `replace_text` leaves in ``directory`` when it is killed; to be called by its only writer."""
+    with contextlib.suppress(OSError):
+        for path in directory.iterdir():
+            if _TEMPORARY_NAME.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                path.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:

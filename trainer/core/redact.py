@@ -19,7 +19,7 @@ _SPECIAL_TOKEN = re.compile(r"[<\[].*[>\]]|")
 """``eos_token: </s>`` is no secret, and neither is what has been taken out already."""
 _PATTERNS = (
     (re.compile(r"(?i)\b([a-z][a-z0-9+.-]{1,20}://)(?!<redacted>)[^/\s@'\"]+@"), rf"\1{REDACTED}@"),
-    (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}"), rf"\1 {REDACTED}"),
+    (re.compile(r"(?i)\b(bearer|authorization\s*[:=]\s*\w+)\s+[A-Za-z0-9._~+/=-]{8,}"), rf"\1 {REDACTED}"),
     (re.compile(r"(?i)([?&](?:sig|signature|x-amz-signature|x-goog-signature)=)[^&\s'\"]+"), rf"\1{REDACTED}"),
     (
         re.compile(

@@ -108,7 +108,7 @@ def build_parts(
     writer = CheckpointWriter(
         run_directory, attempt=f"{ranks.from_first(attempt):04d}", settings=recipe.checkpoint, may_commit=may_commit
     )
-    cannot = writer.prepare(engine.iterate_state())
+    said = writer.prepare(engine.iterate_state())
     model = {
         "config": config_to_dictionary(config),
         "dtype": recipe.model.dtype,
@@ -136,8 +136,8 @@ def build_parts(
     if (warning := untested()) is not None:
         sinks.message(warning)
     sinks.message(_summary(parts, deepspeed_json, reader))
-    if cannot is not None:
-        sinks.message(cannot)
+    for sentence in said:
+        sinks.message(sentence)
     if _degrees(parts):
         for line in engine.division + mesh_table(mesh, hosts, recipe.parallel.expert):
             sinks.message(line)

@@ -16,7 +16,7 @@ from typing import Any
 
 from trainer.config.run import Recipe
 from trainer.config.yaml_text import dump_yaml
-from trainer.core.durable import replace_text
+from trainer.core.durable import delete_leftovers, replace_text
 from trainer.core.errors import CheckpointError
 from trainer.core.private import directory_mode, make_run_directory
 from trainer.core.redact import redacted, redacted_text, redacted_words
@@ -42,6 +42,7 @@ class RunDirectory:
         self.path = Path(recipe.run.directory)
         make_run_directory(self.path, recipe.run.group_access)
         self._lock = RunLock(self.path, say=say)
+        delete_leftovers(self.path)
         self.attempt = 1 + max((int(p.name) for p in self.path.glob("attempts/[0-9]*") if p.name.isdigit()), default=0)
         self._status: dict[str, Any] = {"attempt": self.attempt, "restarts": self.attempt - 1}
         self._facts: dict[str, str] | None = {
