@@ -6,6 +6,7 @@ Of each case of the specification: CASE/checkpoint (DeepSpeed's), CASE/config.js
 (masters and moments as DeepSpeed tells them, NAME::KEY) and the losses of the steps after the save.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 spec = json.load(open(sys.argv[1]))
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 # gloo needs no shared-memory operation: building it takes a compiler, and waits for ever for a build that was killed
-deepspeed.comm.torch.build_shm_op = lambda: None
+importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
 
 
