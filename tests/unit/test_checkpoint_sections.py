@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import xxhash
 from safetensors import safe_open
 
 from trainer.checkpoint import layout
+from trainer.checkpoint.commit import Commit
 from trainer.checkpoint.sections import RANKS_WITH_FILES_OF_THEIR_OWN, Holding, Plan, make_plan
 from trainer.checkpoint.shard_file import ALIGNMENT, CHUNK_BYTES, Entry, Image, hash_file, streamed, write_section
 from trainer.checkpoint.space import lacks_space
+from trainer.config.checkpoint import CheckpointConfig
 
 GIB = 2**30
 
@@ -128,3 +131,14 @@ def test_a_link_in_the_place_of_a_shard_is_not_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("facts", [None, {}, {"bytes": 1}, {"bytes": 3, "parts": [[1, "0" * 16]]}, {"parts": []}])
 def test_facts_that_are_none(facts: object) -> None:
     assert layout.file_parts(facts) is None
+
+
+def test_checkpoints_passed_over_as_damaged_push_no_good_ones_out(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 99):  # the run fell back from 99 and has just committed 15
+        directory = layout.step_directory(tmp_path, step)
+        directory.mkdir(parents=True)
+        manifest = {"format": layout.FORMAT, "version": 1, "step": step}
+        layout.manifest_path(directory).write_text(json.dumps(manifest))
+    commit = Commit(tmp_path, "0001", CheckpointConfig(keep_last=2), lambda: None)
+    commit.prune(15, ())
+    assert [step for step, _ in layout.step_directories(tmp_path)] == [10, 15, 99]

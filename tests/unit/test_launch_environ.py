@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.core.environ import RankEnvironment, detect, export
+from trainer.core.environ import RankEnvironment, detect, export, gloo_interface
 from trainer.core.errors import RefusedError
 
 pytestmark = pytest.mark.fast
@@ -213,3 +213,19 @@ def test_orphan_kills_itself_at_the_start():
     environment["TRAINER_LAUNCHER_PID"] = str(os.getpid())
     child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
     assert (child.returncode, child.stdout) == (0, b"alive\n")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        ({"NCCL_SOCKET_IFNAME": "ib"}, "ib0"),
+        ({"NCCL_SOCKET_IFNAME": "=ib"}, None),
+        ({"NCCL_SOCKET_IFNAME": "=ib1"}, "ib1"),
+        ({"NCCL_SOCKET_IFNAME": "bond,eth"}, "eth0"),
+        ({"NCCL_SOCKET_IFNAME": "^docker,lo"}, None),
+        ({"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "eth0"}, None),
+    ],
+)
+def test_gloo_follows_what_nccl_was_told(variables, expected):
+    assert gloo_interface(variables, ["lo", "eth0", "ib0", "ib1"]) == expected

@@ -89,9 +89,10 @@ class Commit:
         replace_text(layout.pointer_path(self._run), final.name + "\n")
         faults.reach("checkpoint.committed", rank=0, step=step)
 
-    def prune(self, protected: Collection[int]) -> None:
-        """Delete checkpoints that need not be kept, now that a newer one is there. Raises OSError."""
-        steps = [step for step, _ in layout.step_directories(self._run)]
+    def prune(self, newest: int, protected: Collection[int]) -> None:
+        """Delete checkpoints that need not be kept, now that that of step ``newest`` is there. Raises OSError."""
+        # Later ones were passed over at the start, as damaged: they count for nothing.
+        steps = [step for step, _ in layout.step_directories(self._run) if step <= newest]
         for step in to_delete(steps, self._settings.keep_last, self._settings.keep_every_steps, protected):
             faults.reach("checkpoint.before_prune", rank=0, step=step)
             aside = layout.temporary_directory(self._run, step, "deleted")

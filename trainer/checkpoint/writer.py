@@ -219,7 +219,7 @@ class CheckpointWriter:
             if error is not None:
                 self._commit.discard(step)
             else:
-                warning = _said(lambda: self._commit.prune(protected))
+                warning = _said(lambda: self._commit.prune(step, protected))
         return ranks.from_first((error, warning))
 
     def _write_section(self, step: int, entries: list[Entry]) -> tuple[int, str] | str:

@@ -10,8 +10,9 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,6 +99,24 @@ def export(ranks: RankEnvironment, environment: MutableMapping[str, str]) -> Non
     )
     environment[LAUNCHER_VARIABLE] = ranks.launcher
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks.local_world_size)))
+    interface = gloo_interface(environment, [name for _, name in socket.if_nameindex()])
+    if interface is not None:
+        environment["GLOO_SOCKET_IFNAME"] = interface
+
+
+def gloo_interface(environment: Mapping[str, str], interfaces: Sequence[str]) -> str | None:
+    """Return the network interface that NCCL was told to use, for gloo, if gloo was told none.
+
+    Checkpoints are agreed on over gloo on GPUs too. It looks for the address of the host's name, which is often the
+    loopback one or that of a slow network. NCCL takes lists of prefixes, of names after "=", of others after "^".
+    """
+    wanted = environment.get("NCCL_SOCKET_IFNAME", "")
+    if not wanted or wanted.startswith("^") or environment.get("GLOO_SOCKET_IFNAME"):
+        return None
+    names = wanted.removeprefix("=").split(",")
+    exact = wanted.startswith("=")
+    fits = [found for name in names for found in interfaces if found == name or (not exact and found.startswith(name))]
+    return fits[0] if fits else None
 
 
 def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
