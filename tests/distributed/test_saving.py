@@ -169,6 +169,16 @@ def test_a_hook_that_fails_or_hangs_is_told_and_the_run_goes_on(trainer: Trainer
     assert time.monotonic() - started < 60
 
 
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_its_hook(trainer: Trainer) -> None:
+    started = time.monotonic()
+    codes, output = run(trainer, "stopped-hook", hook=["sleep", "100"], faults="train.step:1:6:signal")
+    assert codes == [75, 75], output
+    assert "the hook of step 4 is still running; this run does not wait for it" in output
+    assert "the hook does not run for step 6" in output
+    assert trainer.status("stopped-hook")["state"] == "stopped"
+    assert time.monotonic() - started < 60
+
+
 def test_the_manifest_says_what_wrote_it(trainer: Trainer, straight: dict[tuple[int, str], float]) -> None:
     del straight
     path = layout.manifest_path(layout.step_directory(trainer.directory / "straight", STEPS))

@@ -65,6 +65,15 @@ class Hook:
             time.sleep(0.05)
         return said
 
+    def leave(self) -> list[str]:
+        """Start what is next, wait for nothing. Return sentences for the user."""
+        said = self.poll()
+        if self._running is not None:
+            said.append(f"the hook of step {self._running[0]} is still running; this run does not wait for it")
+        if self._next is not None:
+            said.append(f"warning: the hook does not run for step {self._next[0]}: the one before is still running")
+        return said
+
     def _start(self, step: int, directory: Path) -> list[str]:
         places = {"{step}": str(step), "{directory}": str(directory.absolute()), "{run}": str(self._run.absolute())}
         arguments = list(self._command)

@@ -177,6 +177,10 @@ class CheckpointWriter:
         saved.blocked_seconds += time.perf_counter() - started
         return saved
 
+    def meet(self) -> None:
+        """Return when every rank is here."""
+        self._ranks.wait()
+
     def _mine(self, slices: Iterable[StateSlice]) -> tuple[list[StateSlice], list[Entry]]:
         mine = [piece for piece in slices if piece.primary]
         entries = [Entry(slice_key(p.name, p.key), p.dtype, p.count, lambda p=p: p.tensor) for p in mine]

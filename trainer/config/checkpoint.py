@@ -33,8 +33,8 @@ class CheckpointConfig(Section):
     hook: tuple[str, ...] | None = None
     """Command that is run after each commit, beside training: a list of arguments, in which {directory} and {step} are
     the checkpoint's, {run} the run's. No shell. Its output goes to RUN/logs/hook.log."""
-    hook_timeout_seconds: float = Field(default=600.0, gt=0)
-    """How long it may take; at its end a run waits as long for it."""
+    hook_timeout_seconds: float = Field(default=600.0, gt=0, le=800)
+    """How long it may take. A run that has finished waits as long for it, one that was asked to stop does not wait."""
     resume: Literal["auto", "require", "never"] = "auto"
     """auto: continue from the newest undamaged checkpoint, if there is one; require: refuse to start without one, or
     where the newest is damaged; never: refuse if there is one."""

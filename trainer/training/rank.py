@@ -81,7 +81,6 @@ def _train(
         except BaseException:
             parts.saver.rescue()
             raise
-        parts.saver.close()
         early = early_end(parts)
         code = EXIT_OK if outcome == "finished" else EXIT_REQUEUE
         if directory is not None:
@@ -89,6 +88,7 @@ def _train(
             reason = early if outcome == "finished" else f"asked to stop ({stop.received or 'another rank'})"
             directory.status(state=outcome, step=parts.state.step, exit_code=code, reason=reason)
         sinks.message(_farewell(outcome, parts.state.step, derived, recipe, early))
+        parts.saver.close(wait=outcome == "finished")
         sinks.close()
         parts.loader.close()
         parts.engine.close()

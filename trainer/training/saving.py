@@ -75,11 +75,15 @@ class Saver:
             saved.blocked_seconds += waited
             self._end(saved, must_succeed=final)
 
-    def close(self) -> None:
-        """Wait for the save in flight, and for the hook."""
-        self._settle()
+    def close(self, *, wait: bool) -> None:
+        """Let the hook run to its end if asked to ``wait``; all ranks do, since launchers end what outlives a rank.
+
+        A run that was asked to stop has no time for it: the hook goes on as long as the job lets it.
+        """
         if self._hook is not None:
-            self._say(self._hook.wait())
+            self._say(self._hook.wait() if wait else self._hook.leave())
+        if wait and self._settings.hook is not None:
+            self._writer.meet()
 
     def rescue(self) -> None:
         """Let a save in flight end, if it does soon: this rank is failing. Not collective."""
