@@ -16,7 +16,7 @@ from trainer.checkpoint import layout
 from trainer.checkpoint.commit import Commit
 from trainer.checkpoint.sections import RANKS_WITH_FILES_OF_THEIR_OWN, Holding, Plan, make_plan
 from trainer.checkpoint.shard_file import ALIGNMENT, CHUNK_BYTES, Entry, Image, hash_file, streamed, write_section
-from trainer.checkpoint.space import lacks_space
+from trainer.checkpoint.space import free_memory_bytes, lacks_space
 from trainer.config.checkpoint import CheckpointConfig
 
 GIB = 2**30
@@ -142,3 +142,25 @@ def test_checkpoints_passed_over_as_damaged_push_no_good_ones_out(tmp_path: Path
     commit = Commit(tmp_path, "0001", CheckpointConfig(keep_last=2), lambda: None)
     commit.prune(15, ())
     assert [step for step, _ in layout.step_directories(tmp_path)] == [10, 15, 99]
+
+
+def test_memory_is_what_the_groups_of_a_job_leave(tmp_path: Path) -> None:
+    membership = tmp_path / "cgroup"
+    membership.write_text("12:cpu:/x\n0::/slurm/job_1/step_0\n")
+    group = tmp_path / "fs" / "slurm" / "job_1"
+    (group / "step_0").mkdir(parents=True)
+    for level, limit in ((group / "step_0", "max"), (group, "1000000")):
+        (level / "memory.max").write_text(f"{limit}\n")
+        (level / "memory.current").write_text("700000\n")
+        (level / "memory.stat").write_text("anon 5\ninactive_file 200000\n")
+    assert free_memory_bytes(tmp_path / "fs", membership) == 500_000
+    (group / "memory.max").write_text("max\n")
+    assert free_memory_bytes(tmp_path / "fs", membership) > 1_000_000
+    membership.write_text("9:memory:/job\n")
+    old = tmp_path / "fs" / "memory" / "job"
+    old.mkdir(parents=True)
+    for name, value in (("limit_in_bytes", 900), ("usage_in_bytes", 300)):
+        (old / f"memory.{name}").write_text(str(value))
+    (old / "memory.stat").write_text("total_inactive_file 100\n")
+    assert free_memory_bytes(tmp_path / "fs", membership) == 700
+    assert free_memory_bytes(tmp_path / "fs", tmp_path / "none") > 1_000_000

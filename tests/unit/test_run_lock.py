@@ -200,14 +200,10 @@ def test_another_job_is_no_requeue(tmp_path: Path, start: Callable[..., Holder],
     assert second.answer.startswith("refused: ")
 
 
-def test_another_boot_of_the_same_host_is_a_dead_owner(tmp_path: Path, start: Callable[..., Holder]) -> None:
-    first = start(place={"host": "node3", "boot_id": "before"}, flock=False)
-    first.end()
-    said: list[str] = []
-    began = time.monotonic()
-    take(tmp_path, said, flock=no_flock, place=Place(host="node3", boot_id="now", pid_namespace="")).release()
-    assert time.monotonic() - began < WATCH_SECONDS
-    assert said == [f"stale lock of pid {first.process.pid} on node3 (node3 was restarted since) taken over"]
+def test_a_machine_of_the_same_name_is_watched(start: Callable[..., Holder]) -> None:
+    start(place={"host": "worker-0", "boot_id": "one"}, flock=False)
+    second = start(place={"host": "worker-0", "boot_id": "another"}, flock=False)
+    assert second.answer.startswith("refused: ")
 
 
 def test_processes_of_another_pid_namespace_are_watched(tmp_path: Path, start: Callable[..., Holder]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 from torch import distributed
 
 T = TypeVar("T")
+TIMEOUT = datetime.timedelta(hours=2)
+"""One rank may hash or write hundreds of gigabytes while the others wait. That a host is gone is found by training."""
 
 
 class Ranks:
@@ -20,8 +23,8 @@ class Ranks:
 
     @classmethod
     def apart(cls) -> Ranks:
-        """Return the same ranks over connections of their own, for a thread beside training. Collective."""
-        return cls(cast("distributed.ProcessGroup", distributed.new_group(backend="gloo")))
+        """Return the same ranks over connections of their own, which wait long, for a thread beside too. Collective."""
+        return cls(cast("distributed.ProcessGroup", distributed.new_group(backend="gloo", timeout=TIMEOUT)))
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, on every rank, in rank order."""

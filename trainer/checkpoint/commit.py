@@ -60,10 +60,8 @@ class Commit:
         lacks = lacks_space(layout.checkpoints_directory(self._run), plan.num_bytes, len(set(plan.shards)) + 2)
         if lacks:
             raise CheckpointError(lacks)
-        temporary = self.temporary(step)
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir(mode=directory_mode())
+        self.reap()  # one is written at a time: whatever lies there is of a save that failed
+        self.temporary(step).mkdir(mode=directory_mode())
 
     def commit(self, step: int, plan: Plan, written: Sequence[tuple[int, str]], facts: dict[str, Any]) -> None:
         """Make the checkpoint exist; ``written`` is (bytes, hash) of every rank's section. Raises OSError.
@@ -85,14 +83,18 @@ class Commit:
         else:
             temporary.rename(final)
         fsync_directory(final.parent)
-        faults.reach("checkpoint.before_pointer", rank=0, step=step)
-        replace_text(layout.pointer_path(self._run), final.name + "\n")
-        faults.reach("checkpoint.committed", rank=0, step=step)
+
+    def finish(self, newest: int, protected: Collection[int]) -> None:
+        """Point at the checkpoint that was committed, and delete those that need not be kept now. Raises OSError."""
+        faults.reach("checkpoint.before_pointer", rank=0, step=newest)
+        replace_text(layout.pointer_path(self._run), self.directory(newest).name + "\n")
+        faults.reach("checkpoint.committed", rank=0, step=newest)
+        self.prune(newest, protected)
 
     def prune(self, newest: int, protected: Collection[int]) -> None:
         """Delete checkpoints that need not be kept, now that that of step ``newest`` is there. Raises OSError."""
         # Later ones were passed over at the start, as damaged: they count for nothing.
-        steps = [step for step, _ in layout.step_directories(self._run) if step <= newest]
+        steps = [step for step in layout.steps_with_manifest(self._run) if step <= newest]
         for step in to_delete(steps, self._settings.keep_last, self._settings.keep_every_steps, protected):
             faults.reach("checkpoint.before_prune", rank=0, step=step)
             aside = layout.temporary_directory(self._run, step, "deleted")

@@ -189,6 +189,12 @@ def step_directories(run_directory: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def steps_with_manifest(run_directory: Path) -> list[int]:
+    """Return the steps of all checkpoints, oldest first, without reading manifests, which may be large."""
+    steps = [(parse_step_name(path.name), path) for path in _entries(run_directory)]
+    return sorted(step for step, path in steps if step is not None and manifest_path(path).is_file())
+
+
 def newest(run_directory: Path) -> tuple[int, Path] | None:
     """Return (step, directory) of the newest complete checkpoint, None if there is none."""
     for step, path in reversed(step_directories(run_directory)):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy
 import torch
@@ -96,13 +97,11 @@ class Image:
         """Allocate and touch the memory, so that no save pays for it. Raises MemoryError or OSError."""
         self.num_bytes = len(header) + sum(entry.num_bytes for entry in entries)
         size = max(ALIGNMENT, padded(self.num_bytes))
-        # Both kinds of memory begin at a page.
-        self._bytes = (
-            torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            if pinned
-            else torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-        )
+        self._bytes = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)  # begins at a page
         self._bytes.zero_()
+        # Registered, not allocated pinned: torch's allocator rounds up to a power of two.
+        runtime: Any = torch.cuda.cudart() if pinned else None
+        self._pinned = pinned and runtime.cudaHostRegister(self._bytes.data_ptr(), size, 0) == 0
         self._bytes.numpy()[: len(header)] = numpy.frombuffer(header, dtype=numpy.uint8)
         self._start = len(header)
 
@@ -113,7 +112,7 @@ class Image:
             end = offset + entry.num_bytes
             self._bytes[offset:end].copy_(entry.bytes(), non_blocking=True)
             offset = end
-        if self._bytes.is_pinned():
+        if self._pinned:
             torch.cuda.synchronize()
 
     def chunks(self) -> Iterator[tuple[memoryview, int]]:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from trainer.checkpoint import random_state
@@ -23,9 +22,9 @@ from trainer.checkpoint.agreement import Ranks
 from trainer.checkpoint.commit import Commit
 from trainer.checkpoint.sections import Holding, Plan, Section, make_plan
 from trainer.checkpoint.shard_file import Entry, Image, padded, streamed, write_section
+from trainer.checkpoint.space import free_memory_bytes
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.core import faults
-from trainer.core.errors import CheckpointError
 from trainer.core.units import format_bytes
 from trainer.engine.base import StateSlice
 
@@ -63,9 +62,13 @@ class CheckpointWriter:
         attempt: str,
         settings: CheckpointConfig,
         may_commit: Callable[[], None] = lambda: None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """``may_commit`` is asked on rank 0 before a commit and raises CheckpointError to forbid it. Collective."""
-        self._ranks = Ranks.apart()
+        """``may_commit`` is asked on rank 0 before a commit and raises CheckpointError to forbid it. Collective.
+
+        ``ranks``, made by Ranks.apart, are this writer's from now on.
+        """
+        self._ranks = ranks or Ranks.apart()
         self._commit = Commit(run_directory, attempt, settings, may_commit)
         self._settings = settings
         self._section: Section | None = None
@@ -74,6 +77,7 @@ class CheckpointWriter:
         self._image: Image | None = None
         self._thread: threading.Thread | None = None
         self._in_flight: Saved | None = None
+        self._broken = False
         if self._ranks.rank == 0:
             self._commit.reap()
 
@@ -92,7 +96,7 @@ class CheckpointWriter:
             slices=tuple(
                 (p.name, p.key, str(p.dtype).removeprefix("torch."), p.shape, p.start, p.count, p.cut) for p in mine
             ),
-            free_memory_bytes=psutil.virtual_memory().available,
+            free_memory_bytes=free_memory_bytes(),
             buffered=background,
         )
         holdings = self._ranks.to_first(holding)
@@ -105,7 +109,7 @@ class CheckpointWriter:
         self._places = [entry.place for entry in entries]
         if possible:
             pinned = any(isinstance(piece.held, torch.Tensor) and piece.held.is_cuda for piece in mine)
-            self._image = Image(self._section.header, [*entries, *self._padding()], pinned)
+            possible = self._allocate(self._section.header, [*entries, *self._padding()], pinned)
         if self._plan is None:
             return []
         said: list[str] = []
@@ -119,6 +123,16 @@ class CheckpointWriter:
             said.append(f"checkpoints: {format_bytes(self._num_bytes)}, written while training waits: {why}")
         lacks = self._commit.short_of_space(self._plan)
         return [*said, lacks] if lacks else said
+
+    def _allocate(self, header: bytes, entries: list[Entry], pinned: bool) -> bool:
+        """Make the buffers, on every rank or on none. Return whether they are there."""
+        try:
+            self._image = Image(header, entries, pinned)
+        except (RuntimeError, MemoryError, OSError):
+            self._image = None
+        if not all(self._ranks.gather(self._image is not None)):
+            self._image = None
+        return self._image is not None
 
     def save(
         self,
@@ -140,6 +154,8 @@ class CheckpointWriter:
         if self._section is None:
             slices = list(slices)
             self.prepare(slices)
+        if any(Ranks().gather(self._broken)):  # a timeout closes connections for good
+            self._ranks, self._broken = Ranks.apart(), False
         rank = self._ranks.rank
         faults.reach("checkpoint.begin", rank=rank, step=step)
         _, entries = self._mine(slices)
@@ -197,8 +213,8 @@ class CheckpointWriter:
         """Carry out the protocol and note in ``saved`` how it ended. On a thread: nothing may be raised."""
         try:
             saved.error, saved.warning = self._protocol(saved.step, entries, facts, protected)
-        except Exception as error:  # noqa: BLE001 - a lost connection: another rank is gone, and this one will follow
-            saved.error = f"{type(error).__name__}: {error}"
+        except Exception as error:  # noqa: BLE001 - connections are lost: another rank is gone, or was too slow
+            saved.error, self._broken = f"{type(error).__name__}: {error}", True
         if saved.error is not None:
             saved.error = f"checkpoint of step {saved.step} was not written: {saved.error}"
         saved.seconds = time.perf_counter() - started
@@ -223,7 +239,7 @@ class CheckpointWriter:
             if error is not None:
                 self._commit.discard(step)
             else:
-                warning = _said(lambda: self._commit.prune(step, protected))
+                warning = _said(lambda: self._commit.finish(step, protected))
         return ranks.from_first((error, warning))
 
     def _write_section(self, step: int, entries: list[Entry]) -> tuple[int, str] | str:
@@ -241,7 +257,7 @@ class CheckpointWriter:
                 lambda: faults.reach("checkpoint.in_shard", rank=rank, step=step, path=path),
             )
             faults.reach("checkpoint.shard_written", rank=rank, step=step, path=path)
-        except (OSError, RuntimeError, MemoryError) as failure:
+        except Exception as failure:  # noqa: BLE001 - whatever it is, the others are waiting for this rank's word
             return str(failure) if str(path) in str(failure) else f"{path.name}: {failure}"
         return written
 
@@ -250,6 +266,6 @@ def _said(action: Callable[[], None]) -> str | None:
     """Return what went wrong in ``action``, None if nothing did."""
     try:
         action()
-    except (OSError, CheckpointError) as failure:
+    except Exception as failure:  # noqa: BLE001 - whatever it is, the others are waiting for this rank's word
         return str(failure)
     return None

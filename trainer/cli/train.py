@@ -78,6 +78,9 @@ def already_finished(recipe: Recipe, total_steps: int) -> str | None:
     if newest is None:
         return None
     step, path = newest
+    pointed = layout.read_pointer(directory)  # behind a later one that was passed over as damaged
+    if pointed is not None and pointed[0] < step:
+        step, path = pointed
     where = f"at step {step}, {total_steps} asked for, in {directory}"
     if step >= total_steps:
         return f"already finished: {where}\nraise run.steps to continue it, or use another run.directory"

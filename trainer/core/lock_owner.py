@@ -128,9 +128,9 @@ class Owner(Place):
         # Machines without a name of their own are all called localhost.
         if self.host != place.host or self.host.startswith("localhost") or not (self.boot_id and place.boot_id):
             return None
-        if self.boot_id != place.boot_id:
-            return f"{self.host} was restarted since"
-        if self.pid_namespace == place.pid_namespace and not _lives(self.pid, self.pid_started_ticks):
+        # Another boot id is no sign: machines made from one image may share a name.
+        here = (self.boot_id, self.pid_namespace) == (place.boot_id, place.pid_namespace)
+        if here and not _lives(self.pid, self.pid_started_ticks):
             return "the process is gone"
         return None
 

@@ -35,6 +35,7 @@ from trainer.parallel.topology import mesh_of
 
 def join_group(environment: RankEnvironment, timeout_seconds: float = 600.0) -> None:
     """Join the process group of all ranks; ``environment`` has been exported to the process already."""
+    training_device(environment.local_rank)  # before the first collective: NCCL takes the device that is current then
     no_shared_memory_build.disable()
     lazy_muon.install()
     deepspeed.init_distributed(

@@ -65,7 +65,7 @@ def build_parts(
     ``open_sinks(resume_step)`` is called once it is known where the run starts. ``may_commit`` raises CheckpointError
     where this run has lost its directory to another. Raises TrainerError.
     """
-    ranks = Ranks()
+    ranks = Ranks.apart()  # on the CPU: nothing that is told here needs a device, and files may take long to hash
     run_directory = Path(recipe.run.directory)
     found = choose(run_directory, recipe.checkpoint.resume, ranks, say)
     reader = CheckpointReader(found) if found else None
@@ -106,7 +106,11 @@ def build_parts(
         refuse_leak(engine, config.model_type, vocabulary)
     keep(tokenizer, recipe)
     writer = CheckpointWriter(
-        run_directory, attempt=f"{ranks.from_first(attempt):04d}", settings=recipe.checkpoint, may_commit=may_commit
+        run_directory,
+        attempt=f"{ranks.from_first(attempt):04d}",
+        settings=recipe.checkpoint,
+        may_commit=may_commit,
+        ranks=ranks,
     )
     said = writer.prepare(engine.iterate_state())
     model = {

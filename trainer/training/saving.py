@@ -43,6 +43,8 @@ class Saver:
         self._sinks = sinks
         self._hook = hook
         self._saved_step = saved_step
+        self._best_saved = state.best.step
+        self._begun_as_best = False
         self._told: Saved | None = None
 
     @property
@@ -68,6 +70,7 @@ class Saver:
         waited = self._settle()
         if self._saved_step == self._state.step:
             return
+        self._begun_as_best = self._state.best.step == self._state.step
         saved = self._writer.save(
             self._state.step, self._engine.iterate_state(), self._facts(), wait=final, protected=self._protected()
         )
@@ -76,14 +79,13 @@ class Saver:
             self._end(saved, must_succeed=final)
 
     def close(self, *, wait: bool) -> None:
-        """Let the hook run to its end if asked to ``wait``; all ranks do, since launchers end what outlives a rank.
+        """Let the hook run to its end if asked to ``wait``. All ranks leave together: launchers end what outlives one.
 
         A run that was asked to stop has no time for it: the hook goes on as long as the job lets it.
         """
         if self._hook is not None:
             self._say(self._hook.wait() if wait else self._hook.leave())
-        if wait and self._settings.hook is not None:
-            self._writer.meet()
+        self._writer.meet()
 
     def rescue(self) -> None:
         """Let a save in flight end, if it does soon: this rank is failing. Not collective."""
@@ -94,7 +96,8 @@ class Saver:
     def _protected(self) -> set[int]:
         """Return the steps whose checkpoints must stay, whatever retention says."""
         steps = self._hook.protected if self._hook else set[int]()
-        return steps | {self._state.best.step} if self._settings.keep_best else steps
+        # That of the best evaluation before stays until the new one's has been committed.
+        return steps | {self._state.best.step, self._best_saved} if self._settings.keep_best else steps
 
     def _settle(self) -> float:
         """Wait for the save in flight, return how long that took. Raises CheckpointError under ``on_error: stop``."""
@@ -110,6 +113,8 @@ class Saver:
         self._tell(saved)
         if saved.error is None:
             self._saved_step = saved.step
+            if self._begun_as_best:
+                self._best_saved = saved.step
 
     def _tell(self, saved: Saved) -> None:
         if saved is self._told:
@@ -132,7 +137,9 @@ class Saver:
         how = f"in {seconds}" if saved.blocked_seconds == saved.seconds else f"in {seconds}, training stood {blocked}"
         self._sinks.message(f"checkpoint {saved.directory.name}: {format_bytes(saved.num_bytes)} {how}")
         if saved.warning is not None:
-            self._sinks.message(f"warning: old checkpoints were not deleted: {saved.warning}")
+            self._sinks.message(
+                f"warning: {saved.directory.name} was committed, but what follows failed: {saved.warning}"
+            )
         if self._hook is not None:
             self._say(self._hook.committed(saved.step, saved.directory))
 
