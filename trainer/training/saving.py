@@ -134,7 +134,7 @@ class Saver:
             )
         )
         blocked, seconds = format_duration(saved.blocked_seconds), format_duration(saved.seconds)
-        how = f"in {seconds}" if saved.blocked_seconds == saved.seconds else f"in {seconds}, training stood {blocked}"
+        how = f"in {seconds}" if blocked == seconds else f"in {seconds}, training stood {blocked}"
         self._sinks.message(f"checkpoint {saved.directory.name}: {format_bytes(saved.num_bytes)} {how}")
         if saved.warning is not None:
             self._sinks.message(
