@@ -19,14 +19,16 @@ import torch
 from forked_runs import Trainer
 from safetensors.torch import load_file
 
-from trainer.checkpoint import export, layout
+from trainer.checkpoint import export, layout, survey
 from trainer.checkpoint.commit import Commit
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.sections import Holding, make_plan
 from trainer.checkpoint.shard_file import Entry, hash_file, streamed, write_section
 from trainer.checkpoint.tensor_diff import tensor_differences
 from trainer.cli.main import main
+from trainer.cli.train import _launch as start
 from trainer.config.checkpoint import CheckpointConfig
+from trainer.core.errors import RefusedError
 from trainer.core.run_lock import RunLock
 
 STEPS = [4, 6, 8]
@@ -242,6 +244,39 @@ def test_verify_names_what_is_wrong(case: str, run: Path) -> None:
         assert "step 8: 1 wrong\n" in said, said
 
 
+def test_verify_passes_over_what_is_deleted_while_it_reads(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that trains there deletes step 6 after the list was made."""
+
+    def known_files_late(run_directory: Path) -> dict[str, str]:
+        shutil.rmtree(step_of(run_directory, 6))
+        return {}
+
+    monkeypatch.setattr("trainer.checkpoint.doctor.known_files", known_files_late)
+    assert cli("verify", run) == (0, "step 4: ok\nstep 6: deleted meanwhile\nstep 8: ok\n")
+
+
+def test_list_while_a_job_saves_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pointer is moved on, and what it named deleted, between reading it and looking at the checkpoints."""
+    layout.temporary_directory(run, 10, "0002").mkdir()
+    held, moved = survey._all_held, []
+
+    def all_held_late(run_directory: Path) -> tuple[survey.Held, ...]:
+        if not moved:
+            moved.append(step_of(run, 8).rename(run / "deleted"))
+            layout.pointer_path(run).write_text("step-00000006\n")
+        return held(run_directory)
+
+    monkeypatch.setattr(survey, "_all_held", all_held_late)
+    lock = RunLock(run)
+    try:
+        code, said = cli("list", run)
+    finally:
+        lock.release()
+    assert code == 0
+    assert "latest names" not in said
+    assert ".step-00000010.tmp-0002: being written or deleted\n" in said
+
+
 def test_verify_of_one_step_reads_no_other(run: Path) -> None:
     cut_off(run)
     assert cli("verify", run, "--step", 6) == (0, "step 6: ok\n")
@@ -365,6 +400,21 @@ def test_refused_while_a_job_trains_there(command: str, run: Path) -> None:
     assert tiny.tree(layout.checkpoints_directory(run)) == before
 
 
+def test_a_finished_run_where_a_job_trains_is_refused_too(
+    world: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(world)
+    arguments = Path("tiny.yaml"), [f"run.directory={run}"]
+    assert start(*arguments) == 0
+    assert "already finished" in capsys.readouterr().out
+    lock = RunLock(run)
+    try:
+        with pytest.raises(RefusedError, match="another job is training here"):
+            start(*arguments)
+    finally:
+        lock.release()
+
+
 def test_diff_of_a_checkpoint_with_itself_and_with_another(world: Path, run: Path) -> None:
     same = "tensors, every element: same\nfields of the manifest: same\n"
     assert cli("diff", step_of(run, 8), f"{world / 'runs/tiny'}@8", "--tensors") == (0, same)
@@ -376,6 +426,13 @@ def test_diff_of_a_checkpoint_with_itself_and_with_another(world: Path, run: Pat
     code, said = cli("diff", f"{run}@4", run, "--tensors")
     assert code == 1
     assert "lm_head.weight exp_avg: " in said
+
+
+def test_diff_names_a_lost_manifest(run: Path) -> None:
+    layout.manifest_path(step_of(run, 8)).unlink()
+    code, said = cli("diff", f"{run}@8", run)
+    assert code == 2
+    assert "A = 8: step-00000008 has no readable manifest.json → see trainer checkpoint verify" in said
 
 
 def test_diff_across_layouts_tells_recipe_and_topology(world: Path) -> None:
@@ -436,7 +493,7 @@ def test_prune_does_not_count_damaged_ones(run: Path) -> None:
 def reshaped(world: Path, name: str, output: Path, *options: object) -> Path:
     code, said = cli("reshape", world / "runs" / name, "--output", output, *options)
     assert code == 0, said
-    assert re.search(r"s per GB, peak memory [\d.]+ [MG]iB\n$", said), said
+    assert re.search(r"\n[\d.]+ KiB, peak memory [\d.]+ [MG]iB\n$", said), said
     assert cli("verify", output) == (0, "step 8: ok\n")
     return output
 
@@ -467,6 +524,7 @@ def test_weights_alone(dtype: str, world: Path, tmp_path: Path) -> None:
         assert torch.equal(alone.whole(name), original.whole(name).to(getattr(torch, dtype)))
     held = load_file(shard_of(output, 8))
     assert set(held) == {f"{name}::weight" for name in original.names()}
+    assert "optimizer" not in (layout.read_manifest(step_of(output, 8)) or {})
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("tiny", 2), ("tensor", 1), ("tensor", 2)])
@@ -482,7 +540,8 @@ def test_training_goes_on_from_a_reshaped_checkpoint(
     trainer.check(trainer.train(recipe, f"run.directory={output}", "run.steps=9", world=ranks), recipe)
     assert json.loads((output / "status.json").read_text())["resumed_step"] == 8
     said = recipe.with_suffix(".out").read_text()
-    assert ("random generators start anew" in said) == (name == "tensor"), said
+    why = "step-00000008 holds no states of random generators: random generators start anew"
+    assert (why in said) == ("start anew" in said) == (name == "tensor"), said
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from trainer.checkpoint.changes import Changes, some_of, training_changes
 from trainer.checkpoint.differences import library_differences, recipe_differences, shape_difference
+from trainer.checkpoint.identity import data_differences, data_identity
 from trainer.config.optimizer import OptimizerConfig
 from trainer.config.run import Recipe
 from trainer.optim.groups import group_settings
@@ -73,6 +74,23 @@ def test_every_pair_of_optimizers(then: dict[str, Any], now: dict[str, Any], old
     assert problem.key == ("optimizer.momentum" if same_name else "optimizer.name")
     words = "no state of an optimizer," if old and then == {"name": "sgd"} else f"the state of {then['name']} ("
     assert ("SGD" if same_name else f"x holds {words}") in problem.rule
+
+
+@pytest.mark.parametrize("now", CHOICES[:4], ids=str)
+def test_weights_alone_of_a_run_that_named_its_optimizer(now: dict[str, Any]) -> None:
+    manifest = manifest_of({"name": "adamw"})
+    for entry in manifest["tensors"].values():
+        entry["states"] = {"weight": {}}
+    (problem,) = training_changes(manifest, recipe_of(optimizer=now), "x").optimizer
+    assert problem.rule == "x holds weights only, no state of an optimizer"
+
+
+def test_what_an_imported_checkpoint_has_read_is_one_question() -> None:
+    expected = data_identity(recipe_of(), "fingerprint")
+    (problem,) = data_differences({}, expected, "x")
+    assert problem.rule == "which data x was trained on is not known: it was imported"
+    assert data_differences(expected, expected, "x") == []
+    assert [p.key for p in data_differences(expected | {"run.seed": -1}, expected, "x")] == ["run.seed"]
 
 
 @pytest.mark.parametrize("old", [False, True])

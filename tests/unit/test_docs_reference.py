@@ -17,8 +17,11 @@ from pydantic import Field
 from typer.core import TyperGroup
 
 from trainer.cli.main import app
-from trainer.config.schema import json_schema
+from trainer.config.schema import build_recipe, json_schema
 from trainer.config.section import Section
+from trainer.core.errors import Problem
+from trainer.preflight.check import check
+from trainer.preflight.facts import NOT_AVAILABLE
 from trainer.telemetry.record import EVALUATION_FIELDS, STEP_FIELDS
 
 pytestmark = pytest.mark.fast
@@ -68,6 +71,26 @@ def test_every_key_of_the_schema_has_a_row_with_a_meaning() -> None:
         for key in schema["$defs"][reference.rsplit("/", 1)[1]]["properties"]:
             assert f"{name}.{key}" in described
     assert not [key for key, *_, meaning in rows if not meaning.strip()]
+
+
+def test_keys_that_are_called_not_available_are_refused() -> None:
+    page = RECIPE_PAGE.read_text(encoding="utf-8")
+    (named,) = re.findall(r"refused unless they have their default: (.+?)\. No", page, re.S)
+    keys = re.findall(r"`([\w.]+)`", named)
+    assert {"adapter", "kernels.compile"} <= {*keys}
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.+?) \|", page, re.M))
+    values = {key: True if rows.get(key) == "true or false" else {} for key in keys}
+    recipe: dict[str, dict] = {"run": {"directory": "x", "steps": 1}, "model": {"config": {"model_type": "llama"}}}
+    recipe |= {"data": {"train": [{"path": "x"}], "sequence_length": 2}, "batch": {"global_size": 1}}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        refused = recipe | {section: {**recipe.get(section, {}), name: value} if name else value}
+        assert NOT_AVAILABLE in {problem.rule for problem in _problems(refused) if problem.key == key}, key
+
+
+def _problems(values: dict[str, dict]) -> list[Problem]:
+    recipe, problems = build_recipe(values)
+    return check(recipe, 1) if recipe is not None else problems
 
 
 class _Inner(Section):

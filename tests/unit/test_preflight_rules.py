@@ -15,6 +15,7 @@ from trainer.config.load import merge
 from trainer.config.run import Recipe
 from trainer.core.errors import RecipeError
 from trainer.preflight.check import check, check_facts, prepare
+from trainer.preflight.checkpoint import _identity, _written
 from trainer.preflight.data import write_tiny_shard
 from trainer.preflight.environment import KNOWN_BAD, SUPPORTED, release
 from trainer.preflight.facts import Facts, Rule
@@ -71,6 +72,24 @@ def test_rule_speaks_for_its_failing_recipe(rule: Rule, tmp_path: Path) -> None:
     assert all(problem.key and problem.rule and problem.fix for problem in own)
     shown = {(problem.key, problem.rule) for problem in check_facts(facts)}
     assert {(problem.key, problem.rule) for problem in own} <= shown
+
+
+@pytest.mark.parametrize(
+    ("size", "multiple", "refused"),
+    [(100, 64, None), (100, 128, None), (100, None, 100), (100, 50, 100), (101, 64, 101), (128, None, 128)],
+)
+def test_a_resume_with_a_padded_vocabulary(
+    tmp_path: Path, size: int, multiple: int | None, refused: int | None
+) -> None:
+    """The checkpoint is of 100 tokens, padded to 128."""
+    written = _written(
+        tmp_path, model={"config": {"model_type": "llama", "vocab_size": 128}, "unpadded_vocabulary_size": 100}
+    )
+    values = good_values(tmp_path)
+    set_dotted(values, written | {"model.vocabulary_multiple": multiple, "checkpoint.accept_changes": ["data"]})
+    values["model"]["config"] = {"model_type": "llama", "vocab_size": size}
+    problems = list(_identity(Facts(Recipe.model_validate(values), 2)))
+    assert [(p.key, p.value) for p in problems] == ([("model.config.vocab_size", refused)] if refused else [])
 
 
 def test_rule_names_differ() -> None:

@@ -67,6 +67,22 @@ def test_a_run_of_before_is_closed(tmp_path: Path, names: tuple[str, ...]) -> No
     assert mode(tmp_path) == 0o700
 
 
+def test_a_private_run_is_opened_to_its_group_with_all_that_is_in_it(tmp_path: Path) -> None:
+    keep_private("none")
+    run, elsewhere = tmp_path / "a", tmp_path / "elsewhere"
+    make_run_directory(run, "none")
+    (run / "checkpoints" / "step-00000004").mkdir(parents=True)
+    files = [run / "run.yaml", run / "checkpoints" / "step-00000004" / "manifest.json"]
+    for path in (*files, elsewhere, run / "two names"):
+        path.touch()
+    (run / "link").symlink_to(elsewhere)
+    (tmp_path / "another name").hardlink_to(run / "two names")
+    make_run_directory(run, "read")
+    assert {mode(path) for path in (run, run / "checkpoints", files[1].parent)} == {0o2750}
+    assert {mode(path) for path in files} == {0o640}
+    assert {mode(path) for path in (elsewhere, run / "two names")} == {0o600}
+
+
 def test_a_directory_of_other_things_keeps_its_mode(tmp_path: Path) -> None:
     (tmp_path / "homework").mkdir()
     tmp_path.chmod(0o755)

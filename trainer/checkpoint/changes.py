@@ -147,7 +147,10 @@ def _optimizer_problems(
     if not different and name in (None, config.name):
         return
     before = name if isinstance(name, str) else _deduced(held)
-    if before != config.name:
+    if wanted and not held and name not in (None, "sgd"):  # plain SGD is the only one that keeps nothing
+        rule = f"{where} holds weights only, no state of an optimizer"
+        yield Problem("optimizer.name", config.name, rule, OPTIMIZER_FIX)
+    elif before != config.name:
         # Weights may have been imported without any.
         known = f"the state of {before} ({_keys(held)})" if held or name is not None else "no state of an optimizer"
         rule = f"{where} holds {known}, {config.name} keeps {_keys(wanted)}"

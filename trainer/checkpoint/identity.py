@@ -17,6 +17,10 @@ _SHAPE_FIELDS = (
 
 
 DATA_FIX = "restore it, use another run.directory, or set checkpoint.accept_changes: [data] to go on with other data"
+_IMPORTED_FIX = (
+    "set checkpoint.accept_changes: [data] to go on with this data, or use another run.directory (model.path = the "
+    "imported run starts from its weights)"
+)
 
 
 def data_identity(recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
@@ -33,7 +37,13 @@ def data_identity(recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
 
 
 def data_differences(stored: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> list[Problem]:
-    """Return one problem for each field of ``expected`` that the checkpoint ``where`` holds otherwise."""
+    """Return one problem for each field of ``expected`` that the checkpoint ``where`` holds otherwise.
+
+    An imported checkpoint holds none of them: that is one problem.
+    """
+    if not stored:
+        rule = f"which data {where} was trained on is not known: it was imported"
+        return [Problem("data.train", expected.get("data.train"), rule, _IMPORTED_FIX)]
     return [
         Problem(key, value, f"{where} was written with {stored.get(key)!r}", DATA_FIX)
         for key, value in expected.items()

@@ -36,6 +36,9 @@ def checkpoint_of(run_directory: Path, step: int | None, argument: str = "--step
         return newest
     directory = layout.step_directory(run_directory, step)
     if layout.read_manifest(directory) is None:
+        if directory.is_dir():
+            rule, fix = f"{directory.name} has no readable {layout.MANIFEST_NAME}", "see trainer checkpoint verify"
+            raise RefusedError(Problem(argument, step, rule, fix))
         rule = f"there is no such checkpoint (there are: {held_steps(run_directory)})"
         raise RefusedError(Problem(argument, step, rule, "give one of them"))
     return directory

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.checkpoint.survey import Held, Survey, shape_text
+from trainer.core.run_lock import holder
 from trainer.core.units import format_bytes, format_duration
 
 
@@ -29,7 +30,9 @@ def survey_lines(found: Survey, now_unix: float) -> list[str]:
         lines += [" " * (widths[0] + 2) + problem for problem in said]
     if found.pointer_problem:
         lines.append(found.pointer_problem)
-    lines += [f"{path.name}: left by an interrupted save or deletion" for path in found.interrupted]
+    busy = bool(found.interrupted) and holder(found.run_directory, watch=False) is not None
+    what = "being written or deleted" if busy else "left by an interrupted save or deletion"
+    lines += [f"{path.name}: {what}" for path in found.interrupted]
     if found.damaged:
         lines.append(f"damaged/: {len(found.damaged)} moved aside by an earlier repair")
     return lines

@@ -185,6 +185,8 @@ def _facts(reader: CheckpointReader, wanted: Reshaping) -> dict[str, Any]:
     if wanted.num_ranks != reader.world_size and topology:
         whole = dict.fromkeys(("pipeline", "tensor", "sequence", "expert", "nodes"), 1)
         facts["topology"] = topology | whole | {"world_size": wanted.num_ranks, "data": wanted.num_ranks}
+    if wanted.weights_only:
+        facts.pop("optimizer", None)
     facts["reshaped"] = {
         "world_size": reader.world_size,
         "topology": topology or None,

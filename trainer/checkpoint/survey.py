@@ -61,12 +61,18 @@ class Survey:
 
 def survey(run_directory: Path) -> Survey:
     """Look at RUN/checkpoints. Raises RefusedError where the run has none."""
+    # The pointer first, and all again if it was moved: a job that trains there adds checkpoints and deletes others.
+    pointed, problem = _read_pointer(run_directory)
     found = _all_held(run_directory)
+    if pointed is not None and all(held.step != pointed for held in found):
+        pointed, problem = _read_pointer(run_directory)
+        found = _all_held(run_directory)
     interrupted = (*layout.temporary_directories(run_directory), *_pointer_leftovers(run_directory))
     if not found and not interrupted:
         rule, fix = "holds no checkpoint", "give the run.directory of a recipe"
         raise RefusedError(Problem("RUN_DIR", str(run_directory), rule, fix))
-    pointed, problem = _pointer(run_directory, {held.step: held for held in found})
+    if pointed is not None:
+        problem = _pointer_problem(pointed, {held.step: held for held in found})
     try:
         damaged = tuple(sorted((layout.checkpoints_directory(run_directory) / DAMAGED_NAME).iterdir()))
     except OSError:
@@ -117,11 +123,12 @@ def _all_held(run_directory: Path) -> tuple[Held, ...]:
         step: layout.read_manifest(path) or {} for step, path in every_step_directory(run_directory)
     }
     best = _best_step(manifests)
-    return tuple(
+    found = [
         _held(step, path, manifests[step], step == best)
         for step, path in every_step_directory(run_directory)
         if step in manifests
-    )
+    ]
+    return tuple(held for held in found if not held.problems or held.directory.exists() or held.directory.is_symlink())
 
 
 def _best_step(manifests: Mapping[int, Mapping[str, Any]]) -> int | None:
@@ -166,8 +173,8 @@ def _bytes_below(path: Path) -> int:
         return 0
 
 
-def _pointer(run_directory: Path, held: Mapping[int, Held]) -> tuple[int | None, str | None]:
-    """Return (step that ``latest`` names, what is wrong with that)."""
+def _read_pointer(run_directory: Path) -> tuple[int | None, str | None]:
+    """Return (step that ``latest`` names, why it names none)."""
     name = layout.POINTER_NAME
     try:
         with layout.pointer_path(run_directory).open("rb") as file:
@@ -177,11 +184,15 @@ def _pointer(run_directory: Path, held: Mapping[int, Held]) -> tuple[int | None,
     step = layout.parse_step_name(text)
     if step is None:
         return None, f"{name} names {text[:40]!r}, which is no checkpoint"
-    if step not in held:
-        return step, f"{name} names step {step}, which is not there"
-    if held[step].problems:
-        return step, f"{name} names step {step}, which is not complete"
     return step, None
+
+
+def _pointer_problem(step: int, held: Mapping[int, Held]) -> str | None:
+    if step not in held:
+        return f"{layout.POINTER_NAME} names step {step}, which is not there"
+    if held[step].problems:
+        return f"{layout.POINTER_NAME} names step {step}, which is not complete"
+    return None
 
 
 def _pointer_leftovers(run_directory: Path) -> list[Path]:

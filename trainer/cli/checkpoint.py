@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ app = typer.Typer(help="Look after the checkpoints of a run.", no_args_is_help=T
 app.command("import")(import_checkpoint)
 _RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.", show_default=False)]
 _Step = Annotated[int | None, typer.Option(metavar="N", help="Only this one.", show_default=False)]
+_LEAST_BYTES_OF_A_RATE = 10**8  # less than that, starting up takes most of the time
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")]
 
 
@@ -40,8 +42,7 @@ def verify(
     nan_scan: Annotated[bool, typer.Option("--nan-scan", help="Look at every element for NaN and Inf.")] = False,
 ) -> None:
     """Read every file of every checkpoint and compare it with its manifest; exit code 1 if anything is wrong."""
-    from trainer.checkpoint.doctor import examine, known_files
-    from trainer.checkpoint.scan import not_finite
+    from trainer.checkpoint.doctor import known_files
     from trainer.checkpoint.survey import survey
 
     found, known = survey(run_directory), known_files(run_directory)
@@ -49,10 +50,10 @@ def verify(
     _refuse_absent(step, list(held))
     wrong = found.pointer_problem is not None and step is None
     for number, directory in held.items() if step is None else [(step, held[step])]:
-        findings = examine(directory, known)
-        said = [finding.text for finding in findings]
-        if nan_scan and not any(finding.damage or finding.kind == "newer" for finding in findings):
-            said += map(str, not_finite(directory))
+        said = _examined(directory, known, nan_scan)
+        if said is None:
+            typer.echo(f"step {number}: deleted meanwhile")
+            continue
         wrong |= bool(said)
         typer.echo(f"step {number}: " + (f"{len(said)} wrong" if said else "ok"))
         for line in said:
@@ -180,8 +181,27 @@ def reshape(
     what = "weights" if weights_only else "tensors"
     generators = "" if done.generators else ", random generators left out"
     typer.echo(f"{done.directory}: {what} in {wanted.num_ranks} shards{generators}")
-    speed = done.seconds / done.num_bytes * 1e9
-    typer.echo(f"{format_bytes(done.num_bytes)}, {speed:.1f} s per GB, peak memory {format_bytes(peak)}")
+    large = done.num_bytes >= _LEAST_BYTES_OF_A_RATE
+    speed = f"{done.seconds / done.num_bytes * 1e9:.1f} s per GB, " if large else ""
+    typer.echo(f"{format_bytes(done.num_bytes)}, {speed}peak memory {format_bytes(peak)}")
+
+
+def _examined(directory: Path, known: Mapping[str, str], nan_scan: bool) -> list[str] | None:
+    """Return what is wrong with a checkpoint, None if it was deleted while it was read."""
+    from trainer.checkpoint.doctor import examine
+    from trainer.checkpoint.scan import not_finite
+    from trainer.core.errors import CheckpointError
+
+    said: list[str] = []
+    try:
+        findings = examine(directory, known)
+        said = [finding.text for finding in findings]
+        if nan_scan and not any(finding.damage or finding.kind == "newer" for finding in findings):
+            said += map(str, not_finite(directory))
+    except (CheckpointError, OSError):
+        if directory.exists():
+            raise
+    return said if directory.exists() or directory.is_symlink() else None
 
 
 def _refuse_absent(step: int | None, held: list[int]) -> None:

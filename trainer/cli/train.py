@@ -54,11 +54,11 @@ def _launch(recipe: Path, overrides: list[str]) -> int:
 
     prepared = prepare(recipe, overrides, None)
     directory = Path(prepared.recipe.run.directory)
+    refuse_if_held(directory)
     if (words := already_finished(prepared.recipe, prepared.derived.total_steps)) is not None:
         print(words)
         return 0
     keep_private(prepared.recipe.run.group_access)
-    refuse_if_held(directory)
     processes = prepared.recipe.launch.processes
     print(f"{prepared.recipe.run.name}: starting {processes} rank{'s' if processes > 1 else ''}", flush=True)
     command = [sys.executable, "-m", "trainer", "train", str(recipe), *overrides]

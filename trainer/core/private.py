@@ -57,18 +57,40 @@ def group_access_of(directory: Path) -> GroupAccess:
 
 
 def make_run_directory(directory: Path, group: GroupAccess) -> None:
-    """Make the run directory, or set the mode of ours, and of what earlier starts wrote at its top. Raises OSError.
+    """Make the run directory, or set the mode of ours. Raises OSError.
 
-    With a group it is 2750: what is created below takes its group. One that holds other things than a run, and one of
-    another user, keep their mode: locking them would lock out who works there.
+    With a group it is 2750: what is created below takes its group, and what earlier starts wrote for their owner alone
+    is opened to it. One that holds other things than a run, and one of another user, keep their mode: locking them
+    would lock out who works there.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = directory.stat()
     if found.st_uid != os.geteuid() or not _is_ours(directory):
         return
     mode = 0o2750 if group == "read" else 0o700
-    if stat.S_IMODE(found.st_mode) != mode:
-        directory.chmod(mode)
+    if stat.S_IMODE(found.st_mode) == mode:
+        return
+    if group == "read":
+        for below, directories, files in os.walk(directory):
+            for name in (*directories, *files):
+                with contextlib.suppress(OSError):  # it went meanwhile, or is a link
+                    _open_to_group(Path(below, name), found.st_gid)
+    directory.chmod(mode)  # last: a start that ended in between is repeated
+
+
+def _open_to_group(path: Path, group_id: int) -> None:
+    """Let the group read a file or directory of ours, whose only name this is. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        is_directory = stat.S_ISDIR(found.st_mode)
+        if found.st_uid != os.geteuid() or not (is_directory or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1)):
+            return
+        if found.st_gid != group_id:
+            os.fchown(descriptor, -1, group_id)
+        os.fchmod(descriptor, stat.S_IMODE(found.st_mode) | (0o2050 if is_directory else 0o040))
+    finally:
+        os.close(descriptor)
 
 
 def _is_ours(directory: Path) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.changes import pattern_error, training_changes
 from trainer.checkpoint.layout import FORMAT, VERSION
+from trainer.config.model import ModelConfig
 from trainer.core.errors import DataError, Problem
 from trainer.preflight.facts import Facts, Failing, Rule
 
@@ -81,10 +82,7 @@ def _identity(facts: Facts) -> Iterator[Problem]:
 
     state, model = manifest.get("state", {}), manifest.get("model", {})
     if recipe.model.path is None and recipe.model.config is not None:
-        stored = dict(model.get("config", {}))
-        if model.get("unpadded_vocabulary_size") is not None:
-            stored["vocab_size"] = model["unpadded_vocabulary_size"]
-        yield from model_differences(stored, recipe.model.config, where)
+        yield from model_differences(*_compared_configs(model, recipe.model), where)
     if "data" in recipe.checkpoint.accepted:
         return
     try:
@@ -95,6 +93,17 @@ def _identity(facts: Facts) -> Iterator[Problem]:
     except (DataError, OSError):  # the rules of data.train say why
         return
     yield from data_differences(state.get("identity", {}), data_identity(recipe, fingerprint), where)
+
+
+def _compared_configs(stored: Mapping[str, Any], wanted: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return both configs as they are compared: vocabularies as they are padded, or as asked for if those differ."""
+    before, now = dict(stored.get("config", {})), dict(wanted.config or {})
+    unpadded, size = stored.get("unpadded_vocabulary_size"), now.get("vocab_size")
+    if unpadded not in (None, size):
+        before["vocab_size"] = unpadded
+    elif wanted.vocabulary_multiple and type(size) is int:
+        now["vocab_size"] = -(-size // wanted.vocabulary_multiple) * wanted.vocabulary_multiple
+    return before, now
 
 
 def _format(facts: Facts) -> Iterator[Problem]:
@@ -159,6 +168,12 @@ def _another_run(tmp: Path) -> dict[str, Any]:
     return _written(tmp, state={"identity": {"run.seed": 987654}})
 
 
+def _another_padding(tmp: Path) -> dict[str, Any]:
+    overrides = _written(tmp, model={"config": {"model_type": "llama", "vocab_size": 100}})
+    fields = {"model.config": {"model_type": "llama", "vocab_size": 100}, "model.vocabulary_multiple": 64}
+    return overrides | fields | {"checkpoint.accept_changes": ["data"]}
+
+
 def _newer_format(tmp: Path) -> dict[str, Any]:
     return _written(tmp, version=VERSION + 1)
 
@@ -186,6 +201,7 @@ RULES = (
     Rule("hook can be run", _hook, Failing({"checkpoint.hook": ["no-such-program"]})),
     Rule("resume finds a checkpoint", _resume, Failing({"checkpoint.resume": "require"})),
     Rule("a resume reads the same data into the same model", _identity, Failing(prepare=_another_run)),
+    Rule("a resume pads the vocabulary alike", _identity, Failing(prepare=_another_padding)),
     Rule("a resume by the same optimizer", _training, Failing({"optimizer.name": "lion"}, prepare=_trained)),
     Rule("a resume with the same parameters frozen", _training, Failing({"model.freeze": ["norm"]}, prepare=_trained)),
     Rule("a resume with the same parameters trained", _training, Failing(prepare=_trained_with_frozen)),

@@ -68,10 +68,8 @@ def load_checkpoint(
                 here.say(f"accepted (checkpoint.accept_changes: [frozen]): {some_of(names)} {what}")
         reader = NewlyTrainedReader(here.reader, changes.newly_trained) if changes.newly_trained else here.reader
         engine.load_state(reader, here.state.optimizer_steps)
-    if not restore_generators(here):
-        then, now = here.reader.world_size, here.ranks.world_size
-        where = str(now) if now != then else "as many, divided otherwise"
-        here.say(f"resuming {then} ranks' checkpoint on {where}: random generators start anew")
+    if (reason := restore_generators(here)) is not None:
+        here.say(f"{reason}: random generators start anew")
 
 
 def refuse_if_different(
@@ -164,8 +162,8 @@ def refuse_beyond_budget(recipe: Recipe, derived: Derived, sampler: Sampler) -> 
     raise RecipeError(Problem("run.steps", derived.total_steps, rule, fix), title="recipe refused")
 
 
-def restore_generators(here: Resumption) -> bool:
-    """Restore this rank's generators, or seed them anew where it has another place. Return whether they were restored.
+def restore_generators(here: Resumption) -> str | None:
+    """Restore this rank's generators, or seed them anew where it has another place. Return why they start anew.
 
     Ranks that share activations must draw alike, and those that don't must not: another division of as many ranks
     can't go on with the old ones. A checkpoint that was rewritten for another number of ranks holds none.
@@ -173,8 +171,12 @@ def restore_generators(here: Resumption) -> bool:
     reader, ranks, parallel = here.reader, here.ranks, here.recipe.parallel
     places = {"pipeline": parallel.pipeline, "tensor": parallel.tensor, "sequence": parallel.sequence}
     alike = all(reader.topology.get(axis, degree) == degree for axis, degree in places.items())
-    if reader.world_size == ranks.world_size and alike and (states := reader.random_states(ranks.rank)):
+    same_place = reader.world_size == ranks.world_size and alike
+    if same_place and (states := reader.random_states(ranks.rank)):
         random_state.restore(states)
-        return True
+        return None
     random_state.seed_everything(here.recipe.run.seed, ranks.rank // parallel.tensor, here.state.step)
-    return False
+    if same_place:
+        return f"{reader.directory.name} holds no states of random generators"
+    where = "as many, divided otherwise" if reader.world_size == ranks.world_size else str(ranks.world_size)
+    return f"resuming {reader.world_size} ranks' checkpoint on {where}"
