@@ -27,6 +27,8 @@ from trainer.cli.checkpoint import app
 from trainer.config.load import load_recipe
 from trainer.core.errors import CheckpointError, RefusedError
 from trainer.data.loader import TrainLoader
+from trainer.data.shards import ShardWriter
+from trainer.evaluation.standalone import evaluate_model
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for five processes that import DeepSpeed
 
@@ -180,6 +182,7 @@ def test_an_imported_run_is_a_start_for_another_and_is_exported(made: Made, tmp_
     run_import(made.source("ranks-2/zero2-bfloat16"), source)
     recipe = made.trainer.recipe("starts", model={"path": str(source), "config": None})
     made.trainer.check(made.trainer.train(recipe, "run.steps=1"), recipe)
+    assert f"weights of {source}, step 3" in recipe.with_suffix(".out").read_text()
     exported = export_checkpoint(source, tmp_path / "exported", dtype="float32")
     expected = load_file(made.directory / "ranks-2/zero2-bfloat16/state.safetensors")
     for name, tensor in load_file(exported / "model.safetensors").items():
@@ -374,6 +377,35 @@ def test_hugging_face_weights(tmp_path: Path, dtype: torch.dtype, size: str) -> 
     assert sorted(reader.names()) == sorted(name for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(reader.whole(name), parameter.detach().float()), name
+
+
+def test_an_imported_run_is_evaluated_and_its_card_tells_what_it_is(tmp_path: Path) -> None:
+    hugging_face(tmp_path / "source", torch.float32)
+    run_import(tmp_path / "source", tmp_path / "run")
+    with ShardWriter(tmp_path / "valid", 512, end_of_document_id=0) as writer:
+        writer.add([1 + 7 * i % 511 for i in range(1100)] + [0])
+        writer.commit()
+    here, there = (
+        evaluate_model(str(tmp_path / name), tmp_path / "valid", sequence_length=None, batch_size=2)
+        for name in ("run", "source")
+    )
+    assert here == pytest.approx(there, rel=1e-6)
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"`llama`, not trained by `trainer`: imported from Hugging Face weights {tmp_path / 'source'}." in card
+    assert "from scratch" not in card
+
+
+def test_an_output_that_can_get_no_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hugging_face(tmp_path / "source", torch.float32)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path / "here")
+    for output, rule in ((".", "current directory"), ("../link", "is a link"), ("../dangling", "is a link")):
+        with pytest.raises(RefusedError, match=f"--output = '{output}': .*{rule}"):
+            run_import(tmp_path / "source", Path(output))
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_buffers_of_hugging_face_weights(tmp_path: Path) -> None:

@@ -274,6 +274,19 @@ def test_only_what_was_trained(trainer: Trainer, tmp_path: Path) -> None:
     network.load_state_dict(found, strict=False)
     with torch.inference_mode():
         assert torch.equal(network(input_ids=PROMPT).logits, reference("gpt2", weights))
+    path = newest(run) / "manifest.json"
+    text = path.read_text()
+    manifest = json.loads(text)
+    manifest["recipe"]["model"]["path"] = str(trainer.directory / "gpt2-pipeline2")
+    path.write_text(json.dumps(manifest))
+    export_checkpoint(run, tmp_path / "of-a-run", only_trained=True)
+    path.write_text(text)
+    card = (tmp_path / "of-a-run" / "README.md").read_text()
+    assert f"trainer export {trainer.directory / 'gpt2-pipeline2'} --output BASE_DIR" in card
+    code = card.split("```python\n")[1].split("```")[0].replace("BASE_DIR", str(base))
+    names: dict[str, Any] = {}
+    exec(code.replace("PATH", str(tmp_path / "of-a-run")), names)
+    assert all(torch.equal(names["model"].state_dict()[name], weights[name]) for name in weights)
     with safe_open(base / "model.safetensors", framework="pt") as file:
         other = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     other["transformer.wpe.weight"][0, 0] += 1

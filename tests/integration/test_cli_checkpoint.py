@@ -19,7 +19,7 @@ import torch
 from forked_runs import Trainer
 from safetensors.torch import load_file
 
-from trainer.checkpoint import layout, survey
+from trainer.checkpoint import export, layout, survey
 from trainer.checkpoint.commit import Commit
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.sections import Holding, make_plan
@@ -74,9 +74,14 @@ def run(copy: Callable[[str], Path]) -> Path:
 
 
 def cli(*arguments: object) -> tuple[int, str]:
-    """Run the command line in this process; return exit code and output, stderr included."""
+    """Run `trainer checkpoint` in this process; return exit code and output, stderr included."""
+    return command_line("checkpoint", *arguments)
+
+
+def command_line(*arguments: object) -> tuple[int, str]:
+    """Run `trainer` in this process; return exit code and output, stderr included."""
     said = io.StringIO()
-    before, sys.argv = sys.argv, ["trainer", "checkpoint", *map(str, arguments)]
+    before, sys.argv = sys.argv, ["trainer", *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             main()
@@ -632,4 +637,81 @@ def test_a_damaged_checkpoint_is_not_rewritten(run: Path, tmp_path: Path) -> Non
     code, said = cli("reshape", run, "--output", tmp_path / "out")
     assert code == 1
     assert "contents changed" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_newest_one_is_not_replaced_in_silence(run: Path, world: Path, tmp_path: Path) -> None:
+    """Whoever names no step gets the newest, or is told which is."""
+    shard_of(run, 8).unlink()
+    output = ("--output", tmp_path / "out")
+    for arguments, fix in (
+        (("export", run, *output), "give --step 6"),
+        (("checkpoint", "reshape", run, *output), "give --step 6"),
+        (("checkpoint", "diff", run, f"{run}@4"), f"give {run}@6"),
+        (("evaluate", run, "--data", world / "data/valid"), "so that step 6 is the newest"),
+    ):
+        code, said = command_line(*arguments)
+        assert code == 2, said
+        assert "step 8, the newest, is damaged: rank-00000.safetensors: No such file" in said
+        assert fix in said
+    assert not (tmp_path / "out").exists()
+    code, said = command_line("export", run, "--step", 6, *output)
+    assert (code, said.splitlines()[-1]) == (0, f"exported step 6 to {tmp_path / 'out'}")
+
+
+@pytest.mark.usefixtures("untouched")
+def test_changed_weights_are_neither_evaluated_nor_trained_on(run: Path, trainer: Trainer) -> None:
+    flip(shard_of(run, 8))
+    code, said = command_line("evaluate", run, "--data", trainer.directory / "data/valid")
+    assert code == 1
+    assert "rank-00000.safetensors: contents changed" in said
+    elsewhere = tiny.write_recipe(
+        run.parent, "on.yaml",
+        run={"directory": str(run.parent / "on")}, model={"path": str(run), "config": None},
+        data={"train": [{"path": str(trainer.directory / "data/train")}], "validation": []},
+    )  # fmt: skip
+    assert trainer.train(elsewhere, world=1) == [1]
+    said = elsewhere.with_suffix(".out").read_text()
+    assert f"model.path = '{run}': step-00000008, the newest, is damaged: rank-00000.safetensors" in said
+
+
+@pytest.mark.usefixtures("untouched")
+def test_outputs_that_no_rename_can_replace(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path / "here")
+    for output, rule in ((".", "is or holds the current directory"), ("../link", "is a link")):
+        code, said = command_line("export", world / "runs/tiny", "--output", output)
+        assert code == 2
+        assert f"--output = '{output}': {rule}" in said
+    code, said = cli("reshape", world / "runs/tiny", "--output", "../dangling")
+    assert code == 2
+    assert "is a link to nothing" in said
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["dangling", "here", "link"]
+
+
+@pytest.mark.usefixtures("untouched")
+def test_all_that_is_wrong_with_an_export_is_said_at_once(world: Path, tmp_path: Path) -> None:
+    options = ("--max-shard-size", "abc", "--dtype", "int8", "--output", tmp_path / "out")
+    code, said = command_line("export", world / "runs/tiny", *options)
+    assert code == 2
+    assert "--max-shard-size = 'abc': must be a number of bytes" in said
+    assert "--dtype = 'int8'" in said
+    assert said.count("\n  - ") == 2
+
+
+def test_a_checkpoint_that_is_deleted_during_its_export(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts_of = export.prompts_of
+
+    def delete_then_go_on(*arguments: object) -> object:
+        shutil.rmtree(step_of(run, 8))
+        return prompts_of(*arguments)
+
+    monkeypatch.setattr(export, "prompts_of", delete_then_go_on)
+    code, said = command_line("export", run, "--output", tmp_path / "out")
+    assert code == 1
+    assert "step-00000008 was deleted while it was read (a job trains there): try again, or give --step" in said
     assert not (tmp_path / "out").exists()

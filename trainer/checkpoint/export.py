@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from trainer.checkpoint import layout
 from trainer.checkpoint.assemble import load_checkpoint_model
 from trainer.checkpoint.export_check import logits_of, prompts_of, refuse_unlike
 from trainer.checkpoint.export_trained import FACTS_NAME, trained_names, write_trained
+from trainer.checkpoint.locate import newest_or_refuse
 from trainer.checkpoint.model_card import CARD_NAME, model_card
+from trainer.checkpoint.output import output_problem
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.verify import damaged_files
 from trainer.core.durable import fsync_directory
@@ -37,6 +39,8 @@ def export_checkpoint(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     only_trained: bool = False,
+    problems: Sequence[Problem] = (),
+    say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Write safetensors, config, generation config, tokenizer and model card to ``output`` and return it.
 
@@ -44,18 +48,28 @@ def export_checkpoint(
     ``max_shard_bytes`` with an index where it takes several. Everything is written beside ``output``, loaded by plain
     transformers, compared (every weight with the checkpoint's own, logits of fixed prompts, token ids of fixed texts)
     and only then renamed. With ``only_trained`` it is the trained tensors alone. One model is held at a time: the peak
-    is the model in ``dtype``, one file of it, and its largest tensor in float32. Raises RefusedError for bad
-    arguments, CheckpointError when the checkpoint is damaged or what was written differs from it.
+    is the model in ``dtype``, one file of it, and its largest tensor in float32. ``say`` is told which step it was.
+    Raises RefusedError for bad arguments and what else the caller found (``problems``), CheckpointError when the
+    checkpoint is damaged or what was written differs from it.
     """
-    _refuse_arguments(run_directory, output, dtype, overwrite, max_shard_bytes)
-    reader = CheckpointReader(_find(run_directory, step))
-    manifest = layout.read_manifest(reader.directory)
-    assert manifest is not None
+    _refuse_arguments(run_directory, output, dtype, overwrite, max_shard_bytes, problems)
+    directory = _find(run_directory, step)
+    with _while_it_is_kept(directory), private_like(run_directory):
+        _export(directory, output, dtype, max_shard_bytes, only_trained=only_trained)
+    say(f"exported step {layout.parse_step_name(directory.name)} to {output}")
+    return output
+
+
+def _export(directory: Path, output: Path, dtype: str | None, max_shard_bytes: int, *, only_trained: bool) -> None:
+    reader = CheckpointReader(directory)
+    manifest = layout.read_manifest(directory)
+    if manifest is None:
+        raise CheckpointError(f"{directory} is damaged: {'; '.join(layout.find_problems(directory))}")
     if only_trained:
         trained_names(reader, manifest)
-    problems = damaged_files(reader.directory)
-    if problems:
-        raise CheckpointError(f"{reader.directory} is damaged: " + "; ".join(problems))
+    wrong = damaged_files(directory)
+    if wrong:
+        raise CheckpointError(f"{directory} is damaged: " + "; ".join(wrong))
     written_dtype = dtype or reader.model["dtype"]
 
     def write(target: Path) -> None:
@@ -63,12 +77,22 @@ def export_checkpoint(
             write_trained(reader, manifest, load_checkpoint_model(reader, dtype), target)
         else:
             _write_whole(reader, dtype, target, max_shard_bytes)
-        text = model_card(run_directory, reader.directory, manifest, written_dtype, trained=only_trained)
+        text = model_card(directory.parents[1], directory, manifest, written_dtype, trained=only_trained)
         (target / CARD_NAME).write_text(text, encoding="utf-8")
 
-    with private_like(run_directory):
-        _publish(output, write)
-    return output
+    _publish(output, write)
+
+
+@contextlib.contextmanager
+def _while_it_is_kept(directory: Path) -> Iterator[None]:
+    """Raise CheckpointError in place of whatever it is that fails when a checkpoint is deleted inside the context."""
+    try:
+        yield
+    except Exception as error:
+        if directory.exists():
+            raise
+        rule = f"{directory} was deleted while it was read (a job trains there)"
+        raise CheckpointError(f"{rule}: try again, or give --step of one that is kept") from error
 
 
 def kept_tokenizer(run_directory: Path) -> Path:
@@ -77,9 +101,14 @@ def kept_tokenizer(run_directory: Path) -> Path:
 
 
 def _refuse_arguments(
-    run_directory: Path, output: Path, dtype: str | None, overwrite: bool, max_shard_bytes: int
+    run_directory: Path,
+    output: Path,
+    dtype: str | None,
+    overwrite: bool,
+    max_shard_bytes: int,
+    found: Sequence[Problem],
 ) -> None:
-    problems: list[Problem] = []
+    problems = [*found]
     if dtype is not None and dtype not in DTYPES:
         problems.append(Problem("--dtype", dtype, f"must be one of {', '.join(DTYPES)}", "leave it out for the run's"))
     if max_shard_bytes < 1:
@@ -89,8 +118,10 @@ def _refuse_arguments(
     if run.is_relative_to(target) or inside[0] in _PARTS_OF_A_RUN:
         rule = "is the run's own directory, or one that the run writes"
         problems.append(Problem("--output", str(output), rule, "give another directory"))
-    elif output.exists() or output.is_symlink():
-        if output.is_symlink() or not output.is_dir():
+    elif (problem := output_problem(output)) is not None:
+        problems.append(problem)
+    elif output.exists():
+        if not output.is_dir():
             problems.append(Problem("--output", str(output), "is no directory", "give another directory"))
         elif any(output.iterdir()):
             if not overwrite:
@@ -109,10 +140,10 @@ _PARTS_OF_A_RUN = ("checkpoints", "logs", "attempts", "tensorboard", "slurm", "t
 def _find(run_directory: Path, step: int | None) -> Path:
     found = layout.step_directories(run_directory)
     if step is None:
-        newest = layout.newest(run_directory)
+        newest = newest_or_refuse(run_directory, "RUN_DIR", "--step ")
         if newest is None:
             raise RefusedError(Problem("RUN_DIR", str(run_directory), "holds no complete checkpoint", "train it first"))
-        return newest[1]
+        return newest
     for number, path in found:
         if number == step:
             return path

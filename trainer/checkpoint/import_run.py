@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from trainer.checkpoint import layout, random_state
 from trainer.checkpoint.export import kept_tokenizer, load_checkpoint_model
 from trainer.checkpoint.import_source import ForeignTensor, Source
+from trainer.checkpoint.output import output_problem
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.checkpoint import CheckpointConfig
@@ -54,9 +55,12 @@ class _Piece:
 
 def refuse_output(output: Path) -> None:
     """Raise RefusedError unless ``output`` can become a new run directory."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    problem = output_problem(output)
+    if problem is None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         fix = "give a directory that is not there yet"
-        raise RefusedError(Problem("--output", str(output), "is there already", fix), title="import refused")
+        problem = Problem("--output", str(output), "is there already", fix)
+    if problem is not None:
+        raise RefusedError(problem, title="import refused")
 
 
 def write_run(

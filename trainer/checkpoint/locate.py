@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.checkpoint import layout
-from trainer.checkpoint.survey import held_steps
+from trainer.checkpoint.survey import every_step_directory, held_steps
 from trainer.core.errors import Problem, RefusedError
 
 
@@ -28,11 +28,12 @@ def checkpoint_of(run_directory: Path, step: int | None, argument: str = "--step
         rule, fix = "holds no checkpoint", "give the run.directory of a recipe"
         raise RefusedError(Problem("RUN_DIR", str(run_directory), rule, fix))
     if step is None:
-        newest = layout.newest(run_directory)
+        option = "--step " if argument == "--step" else f"{run_directory}@"
+        newest = newest_or_refuse(run_directory, "RUN_DIR", option)
         if newest is None:
             rule, fix = "holds no complete checkpoint", "see trainer checkpoint verify"
             raise RefusedError(Problem("RUN_DIR", str(run_directory), rule, fix))
-        return newest[1]
+        return newest
     directory = layout.step_directory(run_directory, step)
     if layout.read_manifest(directory) is None:
         if directory.is_dir():
@@ -41,3 +42,20 @@ def checkpoint_of(run_directory: Path, step: int | None, argument: str = "--step
         rule = f"there is no such checkpoint (there are: {held_steps(run_directory)})"
         raise RefusedError(Problem(argument, step, rule, "give one of them"))
     return directory
+
+
+def newest_or_refuse(run_directory: Path, key: str, option: str | None = None) -> Path | None:
+    """Return the newest complete checkpoint, None if there is none; contents are not hashed here.
+
+    Raises RefusedError where a newer one is not complete: nobody gets an older one than they think. ``option`` is what
+    asks for a step, e.g. "--step ", None where nothing does.
+    """
+    named = every_step_directory(run_directory)  # first: a job may commit one meanwhile
+    newest = layout.newest(run_directory)
+    if newest is None or not named or named[-1][0] <= newest[0]:
+        return newest[1] if newest else None
+    step, directory = named[-1]
+    rule = f"step {step}, the newest, is damaged: {'; '.join(layout.find_problems(directory))}"
+    moves = f"trainer checkpoint repair moves it aside, so that step {newest[0]} is the newest"
+    fix = f"restore it, or give {option}{newest[0]}" if option else f"restore it; {moves}"
+    raise RefusedError(Problem(key, str(run_directory), rule, fix))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -34,9 +35,7 @@ def model_card(
     text = [_front_matter(base), f"# {_title(recipe, run_directory)}\n"]
     text.append(_start(base, manifest) + "\n")
     text.append(_table(_facts(run_directory, directory, manifest, dtype)))
-    text.append(
-        "## Load\n\n" + (_LOAD_TRAINED.replace("DTYPE", str(_model(manifest).get("dtype"))) if trained else _LOAD)
-    )
+    text.append("## Load\n\n" + (_load_trained(base, manifest) if trained else _LOAD))
     if recipe:
         text.append("## Recipe\n\nResolved, defaults included.\n\n" + _fenced("yaml", dump_yaml(recipe)))
     text.append("## Model config\n\n" + _fenced("json", json.dumps(_model(manifest).get("config"), indent=2)))
@@ -58,10 +57,24 @@ def _title(recipe: Mapping[str, Any] | None, run_directory: Path) -> str:
 
 def _start(base: object, manifest: Mapping[str, Any]) -> str:
     family = _mapping(_model(manifest).get("config")).get("model_type")
+    if (source := manifest.get("imported")) is not None:
+        return f"A causal language model of the family `{family}`, not trained by `trainer`: imported from {source}."
     if base is None:
         return f"A causal language model of the family `{family}`, trained from scratch by `trainer`."
     commit = _model(manifest).get("commit")
     return f"`{base}`{f' at commit `{commit}`' if commit else ''} (`{family}`), trained further by `trainer`."
+
+
+def _load_trained(base: object, manifest: Mapping[str, Any]) -> str:
+    """Return how to put the trained tensors into the base model, which plain transformers can't load from a run."""
+    text = _LOAD_TRAINED.replace("DTYPE", str(_model(manifest).get("dtype")))
+    if not isinstance(base, str) or not layout.checkpoints_directory(Path(base)).is_dir():
+        return text
+    command = f"trainer export {shlex.quote(str(Path(base).resolve()))} --output BASE_DIR"
+    first = "The base model is a run of `trainer`: export it first.\n\n" + _fenced("sh", command) + "\n"
+    loaded = 'base["path"], revision=base["commit"] or base["revision"]'
+    unread = 'base = json.load(open("PATH/trained.json"))["base_model"]\n'
+    return first + text.replace(loaded, '"BASE_DIR"').replace(unread, "").replace("import json\n", "")
 
 
 def _facts(run_directory: Path, directory: Path, manifest: Mapping[str, Any], dtype: str) -> list[tuple[str, Any]]:
@@ -111,6 +124,8 @@ def last_losses(run_directory: Path, step: int) -> tuple[float | None, dict[str,
 def _recipe(run_directory: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the resolved recipe: the manifest's, or for checkpoints of before RUN/run.yaml's."""
     recipe: object = manifest.get("recipe")
+    if recipe is None and manifest.get("imported") is not None:
+        return None  # a run.yaml there is that of who trained on
     if recipe is None:
         try:
             recipe = yaml.safe_load((run_directory / "run.yaml").read_text(encoding="utf-8"))

@@ -81,6 +81,8 @@ def refuse_bad_request(num_ranks: int | None, weights_only: bool, dtype: str | N
 
 def open_source(run_directory: Path, step: int | None, output: Path) -> CheckpointReader:
     """Return a reader of the checkpoint to rewrite, once all of it was read. Raises RefusedError or CheckpointError."""
+    if output.is_symlink() and not output.exists():
+        raise RefusedError(Problem("--output", str(output), "is a link to nothing", "give the directory itself"))
     if output.exists() and not _is_free(output):
         raise RefusedError(Problem("--output", str(output), "is not empty", "give another directory"))
     if output.resolve().is_relative_to(run_directory.resolve()):

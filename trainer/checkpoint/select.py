@@ -8,6 +8,7 @@ from typing import Literal
 
 from trainer.checkpoint import layout
 from trainer.checkpoint.agreement import Ranks
+from trainer.checkpoint.locate import newest_or_refuse
 from trainer.checkpoint.verify import damaged_files
 from trainer.core.errors import CheckpointError, Problem, RecipeError
 
@@ -34,9 +35,7 @@ def choose(
         say(f"{pointer}: passed over, the next checkpoint replaces it")
     for name in reversed(found):
         directory = Path(name)
-        # Ranks share the hashing: each takes every n-th file.
-        found_by_rank = ranks.gather(damaged_files(directory, ranks.rank, ranks.world_size))
-        problems = "; ".join(sorted({problem for found_here in found_by_rank for problem in found_here}))
+        problems = _damage(directory, ranks)
         if not problems:
             return directory
         if resume == "require":
@@ -53,6 +52,27 @@ def choose(
             )
         )
     return None
+
+
+def choose_source(run_directory: Path, ranks: Ranks, say: Callable[[str], None]) -> Path:
+    """Return the newest checkpoint of the run that ``model.path`` names, once all of it was read.
+
+    Raises RefusedError or CheckpointError if it is damaged, or if there is none.
+    """
+    newest = ranks.from_first(newest_or_refuse(run_directory, "model.path"))
+    if newest is None:
+        raise CheckpointError(f"model.path = '{run_directory}' is a run directory without a complete checkpoint")
+    problems = _damage(newest, ranks)
+    if problems:
+        raise CheckpointError(f"model.path = '{run_directory}': {newest.name}, the newest, is damaged: {problems}")
+    say(f"weights of {run_directory}, step {layout.parse_step_name(newest.name)}")
+    return newest
+
+
+def _damage(directory: Path, ranks: Ranks) -> str:
+    """Return what is wrong with a checkpoint, empty if nothing is. Ranks share the hashing: every nth file each."""
+    found_by_rank = ranks.gather(damaged_files(directory, ranks.rank, ranks.world_size))
+    return "; ".join(sorted({problem for found_here in found_by_rank for problem in found_here}))
 
 
 def _step_directories(run_directory: Path) -> list[str]:

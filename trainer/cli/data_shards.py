@@ -152,8 +152,8 @@ def convert(
     _say(output, written)
 
 
-def parse_shard_size(text: str | None) -> int | None:
-    """Return a size in bytes: 1000, 500M, 2G, 100MB. Raises RefusedError."""
+def parse_shard_size(text: str | None, key: str = "--shard-size") -> int | None:
+    """Return a size in bytes: 1000, 500M, 2G, 100MB. Raises RefusedError that names the option ``key``."""
     from trainer.core.errors import Problem, RefusedError
 
     if text is None:
@@ -167,7 +167,7 @@ def parse_shard_size(text: str | None) -> int | None:
     except ValueError:
         size = 0
     if size < 1:
-        raise RefusedError(Problem("shard-size", text, "must be a number of bytes", "write for example 500M or 2G"))
+        raise RefusedError(Problem(key, text, "must be a number of bytes", "write for example 500M or 2G"))
     return size
 
 

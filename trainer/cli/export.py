@@ -32,18 +32,26 @@ def export(
     from trainer.core.quiet import quiet_transformers
 
     quiet_transformers()
-    from trainer.checkpoint.export import export_checkpoint
+    from trainer.checkpoint.export import MAX_SHARD_BYTES, export_checkpoint
     from trainer.cli.data_shards import parse_shard_size
+    from trainer.core.errors import Problem, RefusedError
+
+    problems: list[Problem] = []
+    try:
+        max_shard_bytes = parse_shard_size(max_shard_size, "--max-shard-size") or MAX_SHARD_BYTES
+    except RefusedError as error:
+        problems, max_shard_bytes = error.problems, MAX_SHARD_BYTES
 
     # The default would end the process at once, and leave what is half written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    target = export_checkpoint(
+    export_checkpoint(
         run_directory,
         output or run_directory / ("trained" if only_trained else "export"),
         step=step,
         dtype=dtype,
         overwrite=overwrite,
-        max_shard_bytes=parse_shard_size(max_shard_size) or 0,
+        max_shard_bytes=max_shard_bytes,
         only_trained=only_trained,
+        problems=problems,
+        say=typer.echo,
     )
-    typer.echo(f"exported to {target}")

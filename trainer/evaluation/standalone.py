@@ -10,9 +10,11 @@ from transformers import PreTrainedModel
 
 from trainer.checkpoint import layout
 from trainer.checkpoint.assemble import load_checkpoint_model
+from trainer.checkpoint.locate import newest_or_refuse
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.verify import damaged_files
 from trainer.config.data import DataConfig
-from trainer.core.errors import Problem, RefusedError
+from trainer.core.errors import CheckpointError, Problem, RefusedError
 from trainer.data.loader import validation_batches
 from trainer.models.load import load_model
 from trainer.models.loss import cross_entropy_by_row
@@ -37,10 +39,12 @@ def evaluate_model(model: str, data: Path, *, sequence_length: int | None, batch
 
 def _load(model: str) -> tuple[PreTrainedModel, int | None]:
     if layout.checkpoints_directory(Path(model)).is_dir():
-        newest = layout.newest(Path(model))
+        newest = newest_or_refuse(Path(model), "MODEL_OR_RUN")
         if newest is None:
             raise RefusedError(Problem("MODEL_OR_RUN", model, "holds no complete checkpoint", "train it first"))
-        reader = CheckpointReader(newest[1])
+        if problems := damaged_files(newest):
+            raise CheckpointError(f"{newest} is damaged: " + "; ".join(problems))
+        reader = CheckpointReader(newest)
         network = load_checkpoint_model(reader, dtype=None).eval()
-        return network, reader.state["identity"]["data.sequence_length"]
+        return network, reader.state.get("identity", {}).get("data.sequence_length")
     return load_model(model, "MODEL_OR_RUN"), None

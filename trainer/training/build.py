@@ -16,7 +16,7 @@ from trainer.checkpoint.identity import data_identity
 from trainer.checkpoint.provenance import provenance, topology_facts
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.resized import ResizedReader
-from trainer.checkpoint.select import choose
+from trainer.checkpoint.select import choose, choose_source
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.batch_schedule import warmup_text
 from trainer.config.derive import Derived
@@ -70,7 +70,7 @@ def build_parts(
     found = choose(run_directory, recipe.checkpoint.resume, ranks, say)
     reader = CheckpointReader(found) if found else None
     tokenizer = load_on_first_rank(recipe, ranks)
-    source = _run_as_source(recipe)
+    source = _run_as_source(recipe, ranks, say, fresh=reader is None)
     section = _model_section(recipe, source)
     config, unpadded = hugging_face_config(section), unpadded_vocabulary_size(section)
     vocabulary = unpadded or config.get_text_config().vocab_size
@@ -156,11 +156,16 @@ def _exclude_corrupt(loader: TrainLoader, ranks: Ranks, say: Callable[[str], Non
         say(f"warning: {message}: sequences that touch it are left out (data.on_corrupt: skip)")
 
 
-def _run_as_source(recipe: Recipe) -> CheckpointReader | None:
-    """Return the newest checkpoint of ``model.path`` where that is a run directory: its weights are the start."""
+def _run_as_source(recipe: Recipe, ranks: Ranks, say: Callable[[str], None], *, fresh: bool) -> CheckpointReader | None:
+    """Return the newest checkpoint of ``model.path`` where that is a run directory: its weights are the start.
+
+    A run that resumes takes no weights from there, only the model's config: damage of others does not stop it.
+    """
     path = recipe.model.path
     if path is None or not layout.checkpoints_directory(Path(path)).is_dir():
         return None
+    if fresh:
+        return CheckpointReader(choose_source(Path(path), ranks, say))
     newest = layout.newest(Path(path))
     if newest is None:
         raise CheckpointError(f"model.path = {path!r} is a run directory without a complete checkpoint")
