@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,10 +131,7 @@ def test_the_best_checkpoint_is_saved_and_kept(trainer: Trainer) -> None:
     last = [line for line in lines if line.get("kind") == "evaluation"][-1]
     assert (last["best_validation_loss"], last["best_step"]) == (losses[best], best)
     # its weights are those that were evaluated
-    for step, path in layout.step_directories(directory):
-        if step == STEPS:
-            for file in path.iterdir():
-                file.unlink()
+    shutil.rmtree(layout.step_directory(directory, STEPS))
     found = evaluate_model(str(directory), trainer.directory / "valid", sequence_length=32, batch_size=4)
     assert abs(found["loss"] - losses[best]) < 1e-4
 
