@@ -50,7 +50,8 @@ def _train(
     from trainer.telemetry.build import build_sinks
     from trainer.telemetry.sinks.base import Fanout
     from trainer.training.build import build_parts
-    from trainer.training.loop import early_end, train
+    from trainer.training.evaluating import early_end
+    from trainer.training.loop import train
     from trainer.training.status_sink import StatusSink
 
     sinks = Fanout([])
