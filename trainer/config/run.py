@@ -17,8 +17,9 @@ from trainer.config.launch import LaunchConfig
 from trainer.config.model import KernelsConfig, ModelConfig
 from trainer.config.optimizer import OptimizerConfig, ScheduleConfig
 from trainer.config.parallel import BatchConfig, MemoryConfig, ParallelConfig
+from trainer.config.resilience import ResilienceConfig
 from trainer.config.section import Section, broken_rule
-from trainer.config.telemetry import ResilienceConfig, TaskConfig, TelemetryConfig
+from trainer.config.telemetry import TaskConfig, TelemetryConfig
 
 
 def length_rule(run: Mapping[str, Any]) -> PydanticCustomError | None:

@@ -1,4 +1,4 @@
-"""What is recorded, and the sections later features widen: task and resilience."""
+"""What is recorded, and the section that later features widen: task."""
 
 from __future__ import annotations
 
@@ -25,10 +25,3 @@ class TelemetryConfig(Section):
     """Write TensorBoard event files."""
     wandb: None = None
     """Not available yet."""
-
-
-class ResilienceConfig(Section):
-    """What the run does when something goes wrong."""
-
-    max_skipped_steps: int = Field(default=10, ge=0)
-    """Consecutive NaN/Inf steps after which the run stops with exit code 93."""

@@ -108,8 +108,7 @@ def render(plan: LaunchPlan) -> str:
     filled = {
         "DIRECTIVES": "\n".join(f"#SBATCH --{option}" for option in _directives(plan)),
         "SETUP": "\n".join(plan.setup),
-        "SRUN_OPTIONS": " ".join(_srun_options(plan)),
-        "COMMAND": shlex.join(plan.command),
+        "START": f"srun {' '.join(_srun_options(plan))} \\\n  {shlex.join(plan.command)}",
         "PYTHON": shlex.quote(plan.python),
         "RUN_DIRECTORY": shlex.quote(str(plan.run_directory)),
     }
