@@ -77,6 +77,7 @@ class Trainer:
             "checkpoint": {"every_steps": 10, "keep_last": 5, "asynchronous": False},
             "evaluation": {"every_steps": 5},
             "telemetry": {"tensorboard": False},
+            "resilience": {"watchdog": {"report_seconds": 0}},
             "launch": {"processes": 2},
         }
         for section, values in sections.items():

@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from trainer.config.run import Recipe
+    from trainer.core.environ import RankEnvironment
 
 
 def train(
@@ -40,9 +41,34 @@ def train(
         if environment.rank != 0:  # every rank refuses the same recipe; one of them says so
             raise typer.Exit(error.exit_code) from error
         raise
+    _supervise(prepared.recipe, environment)
     from trainer.training.rank import end_process, run_rank
 
     end_process(run_rank(prepared.recipe, prepared.derived, prepared.deepspeed, environment))
+
+
+def _supervise(recipe: Recipe, environment: RankEnvironment) -> None:
+    """Go on as a child of this process, which watches over it from now on."""
+    import socket
+
+    from trainer.core.failure_file import launch_name
+    from trainer.launch.failure import hosts_of_ranks
+    from trainer.launch.supervisor import Watched, become_rank
+
+    settings = recipe.resilience.watchdog
+    if not settings.enabled or sys.platform != "linux":
+        return
+    become_rank(
+        Watched(
+            ranks=environment,
+            run_directory=Path(recipe.run.directory),
+            group_access=recipe.run.group_access,
+            settings=settings,
+            launch=launch_name(environment, os.environ),
+            host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            hosts=hosts_of_ranks(environment, os.environ),
+        )
+    )
 
 
 def _launch(recipe: Path, overrides: list[str]) -> int:

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from trainer.config.run import Recipe
 from trainer.core.environ import RankEnvironment
+from trainer.engine import collectives
 from trainer.engine.build_pipeline import build_staged_engine
 from trainer.engine.expert_groups import ExpertGroups
 from trainer.engine.expert_lists import prepare_expert_lists
@@ -36,6 +37,7 @@ from trainer.parallel.topology import mesh_of
 def join_group(environment: RankEnvironment, timeout_seconds: float = 600.0) -> None:
     """Join the process group of all ranks; ``environment`` has been exported to the process already."""
     training_device(environment.local_rank)  # before the first collective: NCCL takes the device that is current then
+    collectives.install()
     no_shared_memory_build.disable()
     lazy_muon.install()
     deepspeed.init_distributed(

@@ -9,7 +9,7 @@ from typing import Literal
 from trainer.config.batch_schedule import batch_size
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
-from trainer.core import faults
+from trainer.core import faults, phases
 from trainer.core.errors import DoNotRestartError
 from trainer.data.loader import TrainLoader
 from trainer.engine.base import StepPreview, StepResult, TrainEngine
@@ -55,6 +55,7 @@ def train(parts: Parts) -> Outcome:
     evaluate_if_due(parts)
     while state.step < total and early_end(parts) is None:
         clock.start_step()
+        phases.mark("data", step=state.step + 1)
         faults.reach("train.step", rank=parts.rank, step=state.step + 1)
         with clock.phase("data_wait"):
             batches = parts.loader.next_step()
@@ -62,6 +63,7 @@ def train(parts: Parts) -> Outcome:
         with clock.phase("forward_backward"):
             stop = parts.stop_requested() or parts.saver.must_stop
             result = parts.engine.train_batch(batches, accept, learning_rate, stop)
+        phases.mark("log")
         samples = batch_size(recipe.batch, state.step + 1)
         state.advance(samples, samples * recipe.data.sequence_length, result)
         parts.sinks.step(step_record(parts, result, clock.finish_step(), learning_rate))

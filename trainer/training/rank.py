@@ -11,6 +11,7 @@ from typing import Any
 
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
+from trainer.core import phases
 from trainer.core.environ import RankEnvironment
 from trainer.core.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, RefusedError, TrainerError
 from trainer.core.logs import RankLog, open_rank_log
@@ -21,6 +22,7 @@ from trainer.training.run_directory import RunDirectory
 
 def run_rank(recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], environment: RankEnvironment) -> int:
     """Train as one rank and return its exit code. The environment has been exported to os.environ."""
+    phases.mark("start", detail="opening the run directory")
     keep_private(recipe.run.group_access)  # a run directory holds paths, host names and data
     make_run_directory(Path(recipe.run.directory), recipe.run.group_access)
     directory: RunDirectory | None = None
@@ -45,6 +47,7 @@ def _train(
     recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], environment: RankEnvironment,
     directory: RunDirectory | None, log: RankLog, stop: StopFlag,
 ) -> int:  # fmt: skip
+    phases.mark("start", detail="importing torch and DeepSpeed")
     # Imported here: the log must be open before torch and DeepSpeed give their loggers a stream.
     from trainer.engine.build import join_group, leave_group
     from trainer.telemetry.build import build_sinks
@@ -59,6 +62,7 @@ def _train(
     def open_sinks(resume_step: int) -> Fanout:
         nonlocal sinks
         if directory is not None:
+            phases.board.note_started()
             made = build_sinks(recipe, directory.path, resume_step, derived.total_steps, log.console_stream)
             sinks = Fanout([*made, StatusSink(directory, resume_step, derived.total_steps)])
         return sinks
@@ -67,6 +71,8 @@ def _train(
         print(text, file=log.console_stream, flush=True)
 
     try:
+        where = f"{environment.master_address}:{environment.master_port}"
+        phases.mark("start", detail=f"meeting the other ranks at {where}")
         join_group(environment)
         parts = build_parts(
             recipe, derived, deepspeed_json, environment,
@@ -79,7 +85,8 @@ def _train(
             directory.status(best_validation_loss=parts.state.best.loss, best_step=parts.state.best.step)
         try:
             outcome = train(parts)
-        except BaseException:
+        except BaseException as error:
+            note_exception(error)
             parts.saver.rescue()
             raise
         early = early_end(parts)
@@ -89,10 +96,16 @@ def _train(
             reason = early if outcome == "finished" else f"asked to stop ({stop.received or 'another rank'})"
             directory.status(state=outcome, step=parts.state.step, exit_code=code, reason=reason)
         sinks.message(_farewell(outcome, parts.state.step, derived, recipe, early))
+        # A hook has its own time limit, and the other ranks wait for it.
+        hook = recipe.checkpoint.hook_timeout_seconds if recipe.checkpoint.hook else 0.0
+        phases.board.mark("stop", allowed_seconds=hook + recipe.resilience.watchdog.slow_seconds)
         parts.saver.close(wait=outcome == "finished")
         sinks.close()
         parts.loader.close()
         parts.engine.close()
+    except BaseException as error:
+        note_exception(error)
+        raise
     finally:
         sinks.close()
         leave_group()
@@ -109,6 +122,7 @@ def _farewell(outcome: str, step: int, derived: Derived, recipe: Recipe, early: 
 
 def _report(error: BaseException, environment: RankEnvironment, directory: RunDirectory | None, log: RankLog) -> int:
     """Tell user, log and status.json what ended this rank; return its exit code."""
+    note_exception(error)
     traceback.print_exception(error)
     code = error.exit_code if isinstance(error, TrainerError) else EXIT_FAILURE
     text = str(error) if isinstance(error, TrainerError) else f"{type(error).__name__}: {error}"
@@ -122,6 +136,12 @@ def _report(error: BaseException, environment: RankEnvironment, directory: RunDi
         with contextlib.suppress(OSError):
             print(f"trainer: {rank}{text}{where}", file=log.error_stream, flush=True)
     return code
+
+
+def note_exception(error: BaseException) -> None:
+    """Let the supervisor know what ends this rank, before anything else is done about it."""
+    text = "".join(traceback.format_exception(error))
+    phases.board.note_exception(error, text, told=isinstance(error, TrainerError))
 
 
 def _told_by_first_rank(log: RankLog, text: str) -> bool:
