@@ -127,6 +127,7 @@ def exact_lines(trainer: Trainer, run: str) -> list[dict[str, Any]]:
     lines = [line for line in map(json.loads, path.read_text().splitlines()) if "kind" not in line]
     own = {"time_unix", "memory_bytes", "tokens_per_second", "step_seconds", "data_wait_seconds"}
     own |= {"forward_backward_seconds", "optimizer_seconds"}
+    own |= {"slowest_rank_seconds", "median_rank_seconds", "slowest_rank"}
     return [{key: value for key, value in line.items() if key not in own} for line in lines]
 
 

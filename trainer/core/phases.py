@@ -127,7 +127,7 @@ class Board:
         self._beating = False
         self._numbers: dict[str, int] = {}
         self.waited_seconds = 0.0
-        """Spent inside collectives since the start. On GPUs they return before they are done."""
+        """Spent inside collectives of steps since the start. On GPUs they return before they are done."""
         self.quiet_threads: set[int] = set()
         """Threads whose collectives say nothing of the training loop."""
         self.mark("start")
@@ -177,7 +177,8 @@ class Board:
         """Note that it has returned."""
         if call is not None:
             now = time.monotonic()
-            self.waited_seconds += now - call[0]
+            if self._phase in STEP_PHASES:
+                self.waited_seconds += now - call[0]
             self._collective.write(self._memory, now, *call[1:], False)
 
     def read_begins(self, path: str) -> None:

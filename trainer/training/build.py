@@ -46,6 +46,7 @@ from trainer.training.loop import Parts
 from trainer.training.resume import Resumption, load_checkpoint, refuse_beyond_budget
 from trainer.training.saving import Saver
 from trainer.training.state import TrainState
+from trainer.training.stragglers import Stragglers
 from trainer.training.tokenizer import keep, load_on_first_rank, refuse_other_tokenizer
 
 
@@ -141,7 +142,8 @@ def build_parts(
     saver = Saver(writer, engine, state, facts, recipe.checkpoint, sinks, hook, saved_step=state.step if reader else -1)
     parts = Parts(
         recipe, derived, engine, loader, validation, state, sinks, saver, stop_requested,
-        _utilization(engine, config, recipe, derived), rank=environment.rank,
+        _utilization(engine, config, recipe, derived),
+        Stragglers(recipe.resilience.watchdog, engine.device, hosts, sinks.message), rank=environment.rank,
     )  # fmt: skip
     if (warning := untested()) is not None:
         sinks.message(warning)

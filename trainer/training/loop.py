@@ -22,6 +22,7 @@ from trainer.training.evaluating import early_end, evaluate_if_due, is_due
 from trainer.training.records import step_record
 from trainer.training.saving import Saver
 from trainer.training.state import TrainState
+from trainer.training.stragglers import Stragglers
 
 Outcome = Literal["finished", "stopped"]
 
@@ -42,6 +43,7 @@ class Parts:
     """Whether this rank was asked to stop."""
     utilization: Callable[[float], float | None]
     """Tokens per second → model FLOPs utilization."""
+    stragglers: Stragglers
     rank: int = 0
 
 
@@ -66,7 +68,9 @@ def train(parts: Parts) -> Outcome:
         phases.mark("log")
         samples = batch_size(recipe.batch, state.step + 1)
         state.advance(samples, samples * recipe.data.sequence_length, result)
-        parts.sinks.step(step_record(parts, result, clock.finish_step(), learning_rate))
+        times = clock.finish_step()
+        parts.stragglers.observe(times.step_seconds)
+        parts.sinks.step(step_record(parts, result, times, learning_rate))
         parts.saver.tell()
         refuse_endless_skipping(parts, result)
         stopping, best = result.stop_requests > 0, False
