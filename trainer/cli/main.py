@@ -17,6 +17,7 @@ from trainer.cli import (
     export,
     generate,
     quickstart,
+    report,
     status,
     submit,
     train,
@@ -57,6 +58,7 @@ data.app.command("which")(data_which.which)
 app.add_typer(data.app, name="data")
 app.command("submit")(submit.submit)
 app.command("status")(status.status)
+app.command("report")(report.report)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("export")(export.export)
 app.command("generate")(generate.generate)

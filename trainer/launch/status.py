@@ -18,6 +18,8 @@ from trainer.core.status_file import read_status
 from trainer.core.units import format_count, format_duration
 from trainer.launch.slurm_commands import SlurmCommandError, queue_state
 from trainer.launch.submit import recorded_jobs
+from trainer.telemetry.attempt_files import read_attempts
+from trainer.telemetry.goodput import goodput, split_text
 
 _RECENT_STEPS = 20
 """Steps whose mean time the remaining time is estimated from."""
@@ -44,7 +46,9 @@ class RunStatus:
     tokens_per_second: float | None
     remaining_seconds: float | None
     goodput_fraction: float | None
-    """Time in steps that count, over the wall-clock time from the first start to the last step, waits included."""
+    """Time in steps that count, over the time that was allocated to the run."""
+    goodput: dict[str, Any] | None
+    """Where all of the time went, as in status.json."""
     job_id: str | None
     job_state: str | None
     """As squeue says it (PENDING, RUNNING...); None when the queue no longer has the job."""
@@ -74,6 +78,7 @@ def collect(run_directory: Path) -> RunStatus:
     if fields.get("state") == "running" and step is not None and total is not None and metrics.step_seconds is not None:
         remaining = max(0, total - step) * metrics.step_seconds
     job_state, job_note = _job_state(jobs[-1]) if jobs else (None, None)
+    spent = goodput(read_attempts(run_directory))
     return RunStatus(
         run_directory=str(run_directory),
         state=_living_state(run_directory, _text(fields.get("state")), job_state),
@@ -89,7 +94,8 @@ def collect(run_directory: Path) -> RunStatus:
         best_step=_whole(fields.get("best_step")),
         tokens_per_second=metrics.tokens_per_second,
         remaining_seconds=remaining,
-        goodput_fraction=metrics.goodput_fraction,
+        goodput_fraction=spent.fraction if spent else None,
+        goodput=spent.to_json() if spent else None,
         job_id=jobs[-1] if jobs else None,
         job_state=job_state,
         job_note=job_note,
@@ -117,7 +123,7 @@ def describe(status: RunStatus) -> str:
     if status.best_validation_loss is not None:
         rows.append(("validation", f"{status.best_validation_loss:.4f} at its best, step {status.best_step}"))
     rows.append(("tokens/s", format_count(status.tokens_per_second) if status.tokens_per_second is not None else None))
-    rows.append(("goodput", f"{status.goodput_fraction:.1%}" if status.goodput_fraction is not None else None))
+    rows.append(("goodput", split_text(status.goodput["fractions"]) if status.goodput is not None else None))
     if status.checkpoints:
         count = f", {len(status.checkpoints)} kept" if len(status.checkpoints) > 1 else ""
         rows.append(("checkpoint", f"step {status.checkpoints[-1]}{count}"))
@@ -156,38 +162,25 @@ class _Metrics:
     loss: float | None = None
     tokens_per_second: float | None = None
     step_seconds: float | None = None
-    goodput_fraction: float | None = None
 
 
 def _read_metrics(path: Path) -> _Metrics | None:
     """Return the newest numbers of metrics.jsonl, None where there is no step yet."""
     newest: dict[str, Any] | None = None
     recent: deque[float] = deque(maxlen=_RECENT_STEPS)
-    productive, started, step_before = 0.0, None, 0
     for line in _json_lines(path):
-        step, seconds, at = _whole(line.get("step")), _number(line.get("step_seconds")), _number(line.get("time_unix"))
-        if line.get("kind") == "evaluation" or step is None:
-            started = at if started is None else started
+        if line.get("kind") == "evaluation" or _whole(line.get("step")) is None:
             continue
         newest = line
-        if seconds is None or at is None:
-            continue
-        # One line stands for every step since the line before (telemetry.log_every_steps).
-        counted = seconds * max(1, step - step_before)
-        productive += counted
-        recent.append(seconds)
-        step_before = step
-        started = at - counted if started is None else started
+        if (seconds := _number(line.get("step_seconds"))) is not None:
+            recent.append(seconds)
     if newest is None:
         return None
-    ended = _number(newest.get("time_unix"))
-    wall = ended - started if ended is not None and started is not None else 0.0
     return _Metrics(
         step=_whole(newest.get("step")),
         loss=_number(newest.get("loss")),
         tokens_per_second=_number(newest.get("tokens_per_second")),
         step_seconds=sum(recent) / len(recent) if recent else None,
-        goodput_fraction=min(1.0, productive / wall) if wall > 0 else None,
     )
 
 
