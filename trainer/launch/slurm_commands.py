@@ -28,9 +28,10 @@ def is_job_id(text: str) -> bool:
     return _JOB_ID.fullmatch(text) is not None
 
 
-def submit_script(script: Path) -> str:
+def submit_script(script: Path, dependency: str | None = None) -> str:
     """Hand ``script`` to sbatch and return the job id. Raises SlurmCommandError."""
-    answer = _run(["sbatch", "--parsable", str(script)], _SUBMIT_SECONDS)
+    options = [f"--dependency={dependency}"] if dependency else []
+    answer = _run(["sbatch", "--parsable", *options, str(script)], _SUBMIT_SECONDS)
     job_id = answer.strip().split("\n")[-1].split(";")[0]  # "id;cluster" on a federation
     if not is_job_id(job_id):
         raise SlurmCommandError(f"sbatch answered {answer.strip()!r} instead of a job id")
