@@ -58,6 +58,7 @@ def _train(
 
     def open_sinks(resume_step: int) -> Fanout:
         nonlocal sinks
+        sinks.close()
         if directory is not None:
             made = build_sinks(recipe, directory.path, resume_step, derived.total_steps, log.console_stream)
             sinks = Fanout([*made, StatusSink(directory, resume_step, derived.total_steps)])
