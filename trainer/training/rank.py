@@ -59,6 +59,7 @@ def _train(
 
     def open_sinks(resume_step: int, restore_seconds: float) -> Fanout:
         nonlocal sinks
+        sinks.close()
         if directory is not None:
             directory.clock.begin(
                 resume_step, restore_seconds, -(-environment.world_size // environment.local_world_size)
