@@ -6,10 +6,12 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from trainer.config.run import Recipe
 from trainer.core.errors import Problem, RefusedError
 from trainer.core.resources import resource_directory
+from trainer.launch.starters import Starter, signal_target, start_line
 
 _TIME = re.compile(r"(?:[0-9]{1,5}-)?[0-9]{1,9}(?::[0-9]{1,2}){0,2}")
 _PATH = re.compile(r"/[\w./+=@:,~% -]*")
@@ -49,6 +51,12 @@ class LaunchPlan:
     """Seconds before the time limit at which SLURM sends USR1 to the ranks."""
     setup: tuple[str, ...] = ()
     """Shell lines of the recipe, written as they are."""
+    starter: Starter = "srun"
+    """What starts the ranks in the job."""
+    mpi: Literal["none", "pmix", "pmi2"] = "none"
+    """``srun --mpi``."""
+    online: bool = False
+    """False: the Hugging Face libraries of the ranks ask no Hub."""
     command: tuple[str, ...]
     """What each rank runs."""
     python: str
@@ -84,6 +92,9 @@ def plan(
         exclude=slurm.exclude,
         signal_seconds=slurm.signal_seconds,
         setup=slurm.setup,
+        starter=slurm.starter,
+        mpi=slurm.mpi,
+        online=slurm.online,
         command=command,
         python=python,
         working_directory=working_directory,
@@ -108,7 +119,7 @@ def render(plan: LaunchPlan) -> str:
     filled = {
         "DIRECTIVES": "\n".join(f"#SBATCH --{option}" for option in _directives(plan)),
         "SETUP": "\n".join(plan.setup),
-        "START": f"srun {' '.join(_srun_options(plan))} \\\n  {shlex.join(plan.command)}",
+        "START": start_line(plan),
         "PYTHON": shlex.quote(plan.python),
         "RUN_DIRECTORY": shlex.quote(str(plan.run_directory)),
     }
@@ -135,7 +146,7 @@ def _directives(plan: LaunchPlan) -> list[str]:
         ("exclude", plan.exclude),
         ("chdir", _quoted(str(plan.working_directory))),
         ("output", _quoted(output)),
-        ("signal", f"USR1@{plan.signal_seconds}"),  # without B: the ranks get it, on every node
+        ("signal", f"{signal_target(plan)}USR1@{plan.signal_seconds}"),
     ]
     # Without append SLURM empties the output file at every requeue.
     return [f"{name}={value}" for name, value in options if value is not None] + ["requeue", "open-mode=append"]
@@ -144,19 +155,6 @@ def _directives(plan: LaunchPlan) -> list[str]:
 def _quoted(path: str) -> str:
     """Quote for sbatch's own parser (a path has no quotes or backslashes: `_PATH`)."""
     return f'"{path}"' if " " in path else path
-
-
-def _srun_options(plan: LaunchPlan) -> list[str]:
-    # KillOnBadExit is 0 by default: without it a job with a dead rank hangs until its time limit.
-    options = [
-        f"--nodes={plan.nodes}",
-        f"--ntasks={plan.world_size}",
-        f"--ntasks-per-node={plan.ranks_per_node}",
-        "--kill-on-bad-exit=1",
-        "--wait=60",
-    ]
-    # Since Slurm 22.05 srun does not inherit it from sbatch.
-    return options + ([f"--cpus-per-task={plan.cpus_per_task}"] if plan.cpus_per_task else [])
 
 
 def _problems(plan: LaunchPlan) -> list[Problem]:

@@ -69,6 +69,14 @@ def _words(facts: Facts) -> Iterator[Problem]:
             )
 
 
+def _mpi(facts: Facts) -> Iterator[Problem]:
+    """``srun --mpi`` is an option of srun; under torchrun its tasks are agents, not ranks."""
+    slurm = facts.recipe.launch.slurm
+    if slurm.mpi != "none" and slurm.starter != "srun":
+        rule = f"has no effect with launch.slurm.starter = {slurm.starter}"
+        yield Problem("launch.slurm.mpi", slurm.mpi, rule, "remove it, or set launch.slurm.starter: srun")
+
+
 def _control(facts: Facts) -> Iterator[Problem]:
     """Paths and setup lines are written into scripts, logs and status files, one a line."""
     for key, text in _texts(facts.recipe.model_dump(mode="json"), ""):
@@ -93,5 +101,6 @@ RULES = (
     Rule("SLURM memory", _memory, Failing({"launch.slurm.memory_per_node": "64 gigabytes"})),
     Rule("SLURM words", _words, Failing({"launch.slurm.partition": "gpu; rm -rf x"})),
     Rule("SLURM injection", _words, Failing({"launch.slurm.account": "me --wrap=x"})),
+    Rule("MPI of srun", _mpi, Failing({"launch.slurm.mpi": "pmix", "launch.slurm.starter": "mpirun"})),
     Rule("no control characters", _control, Failing({"run.directory": "runs/a\nb"})),
 )
