@@ -1,8 +1,8 @@
 """Bad data and broken memory for forked runs: ``install`` is called in each rank (forked_runs.Trainer.train, before).
 
 TRAINER_FAULTS=POINT:RANK:WHERE:KIND[,...] with the points ``poison.samples`` (WHERE is A-B, the rows of those samples
-are bad whenever they are read: ``nan``, ``inf``, ``spike``, ``gradient``) and ``poison.step`` (WHERE is the step, in this
-start alone: also ``flip``, one bit of a weight after the update, ``buffer`` is not used).
+are bad whenever they are read: ``nan``, ``inf``, ``spike``, ``gradient``) and ``poison.step`` (WHERE is the step, in
+this start alone: also ``flip``, one bit of a weight after the update, ``buffer`` is not used).
 """
 
 from __future__ import annotations
