@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trainer.cli import (
+    cancel,
     check,
     checkpoint,
     data,
@@ -59,6 +60,7 @@ app.add_typer(data.app, name="data")
 app.command("submit")(submit.submit)
 app.command("status")(status.status)
 app.command("report")(report.report)
+app.command("cancel")(cancel.cancel)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("export")(export.export)
 app.command("generate")(generate.generate)

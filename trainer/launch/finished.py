@@ -11,9 +11,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from trainer.core.done_file import done_path
 from trainer.launch.submit import script_of_job
-
-DONE_NAME = "DONE"
 
 
 def finished_since_submission(run_directory: Path, environment: Mapping[str, str]) -> bool:
@@ -24,7 +23,7 @@ def finished_since_submission(run_directory: Path, environment: Mapping[str, str
     """
     script = script_of_job(run_directory, environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID", ""))
     try:
-        return script is not None and (run_directory / DONE_NAME).stat().st_mtime >= script.stat().st_mtime
+        return script is not None and done_path(run_directory).stat().st_mtime >= script.stat().st_mtime
     except OSError:
         return False
 

@@ -66,7 +66,8 @@ def read_sweep(directory: Path) -> Sweep | None:
         return None
     try:
         tasks = [Task(int(task["number"]), str(task["name"]), dict(task["values"])) for task in fields["tasks"]]
-        return Sweep(str(fields["recipe"]), [str(text) for text in fields["overrides"]], tasks)
+        overrides = [str(text) for text in fields["overrides"]]
+        return Sweep(str(fields["recipe"]), overrides, tasks) if tasks else None
     except (KeyError, TypeError, ValueError):
         return None
 
