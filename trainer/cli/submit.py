@@ -19,6 +19,8 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; submit and write nothing.")] = False,
 ) -> None:
     """Submit a run to SLURM. The job checkpoints before its time limit and goes back into the queue."""
+    from trainer.core.errors import RecipeError
+    from trainer.launch.hub_files import not_cached
     from trainer.launch.slurm import plan, render
     from trainer.launch.submit import submit as submit_job
     from trainer.launch.submit import write_script
@@ -26,6 +28,8 @@ def submit(
 
     settings = [*(overrides or []), *_launch_overrides(nodes, gpus_per_node, time)]
     checked = prepare(recipe, settings).recipe  # launch.launcher=slurm: at the size that SLURM is asked for
+    if not checked.launch.slurm.online and (problems := not_cached(checked)):
+        raise RecipeError(problems, title=f"{recipe} refused")
     run_directory = Path(os.path.abspath(checked.run.directory))
     script = render(
         plan(
