@@ -16,6 +16,7 @@ from trainer.cli import (
     data_which,
     evaluate,
     export,
+    fetch,
     generate,
     quickstart,
     report,
@@ -57,6 +58,7 @@ data.app.command("split")(data_shards.split)
 data.app.command("convert")(data_shards.convert)
 data.app.command("which")(data_which.which)
 app.add_typer(data.app, name="data")
+app.command("fetch")(fetch.fetch)
 app.command("submit")(submit.submit)
 app.command("status")(status.status)
 app.command("report")(report.report)
