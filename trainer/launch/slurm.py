@@ -47,6 +47,14 @@ class LaunchPlan:
     exclude: str | None = None
     signal_seconds: int = 120
     """Seconds before the time limit at which SLURM sends USR1 to the ranks."""
+    end_seconds: int = 120
+    """That the ranks may take to end after one has failed."""
+    max_restarts: int = 100
+    """Failures after which the job starts again by itself."""
+    max_excluded_nodes: int = 2
+    """Nodes that are left out at most because the run failed on them."""
+    controller_seconds: int = 600
+    """How long the job tries to reach a controller that does not answer."""
     setup: tuple[str, ...] = ()
     """Shell lines of the recipe, written as they are."""
     command: tuple[str, ...]
@@ -83,6 +91,10 @@ def plan(
         memory_per_node=slurm.memory_per_node,
         exclude=slurm.exclude,
         signal_seconds=slurm.signal_seconds,
+        end_seconds=slurm.end_seconds,
+        max_restarts=slurm.max_restarts,
+        max_excluded_nodes=slurm.max_excluded_nodes,
+        controller_seconds=slurm.controller_seconds,
         setup=slurm.setup,
         command=command,
         python=python,
@@ -110,6 +122,8 @@ def render(plan: LaunchPlan) -> str:
         "SETUP": "\n".join(plan.setup),
         "START": f"srun {' '.join(_srun_options(plan))} \\\n  {shlex.join(plan.command)}",
         "PYTHON": shlex.quote(plan.python),
+        "END_SECONDS": str(plan.end_seconds),
+        "LIMITS": " ".join(_limits(plan)),
         "RUN_DIRECTORY": shlex.quote(str(plan.run_directory)),
     }
     template = (resource_directory("slurm") / "train.sbatch").read_text(encoding="utf-8")
@@ -159,6 +173,12 @@ def _srun_options(plan: LaunchPlan) -> list[str]:
     return options + ([f"--cpus-per-task={plan.cpus_per_task}"] if plan.cpus_per_task else [])
 
 
+def _limits(plan: LaunchPlan) -> list[str]:
+    """Return the options by which the script's last line is told when to give up."""
+    names = ("max_restarts", "max_excluded_nodes", "controller_seconds")
+    return [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(plan, name)))]
+
+
 def _problems(plan: LaunchPlan) -> list[Problem]:
     problems: list[Problem] = []
     values: dict[str, str | None] = {
@@ -181,6 +201,10 @@ def _problems(plan: LaunchPlan) -> list[Problem]:
         ("launch.slurm.gpus_per_node", plan.gpus_per_node, 0),
         ("launch.slurm.cpus_per_task", plan.cpus_per_task, 1),
         ("launch.slurm.signal_seconds", plan.signal_seconds, 1),
+        ("launch.slurm.end_seconds", plan.end_seconds, 1),
+        ("launch.slurm.max_restarts", plan.max_restarts, 0),
+        ("launch.slurm.max_excluded_nodes", plan.max_excluded_nodes, 0),
+        ("launch.slurm.controller_seconds", plan.controller_seconds, 0),
     ):
         if number is not None and (type(number) is not int or number < least):
             problems.append(Problem(key, number, f"must be an integer of at least {least}"))
