@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from trainer.core.errors import RefusedError
 from trainer.launch.slurm import LaunchPlan, render
 
 pytestmark = pytest.mark.fast
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
 PLAN = LaunchPlan(
     job_name="pretrain-7b",
     nodes=4,
@@ -296,10 +298,16 @@ def test_bash_hands_hostile_words_to_the_rank(tmp_path):
     srun.write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
     srun.chmod(0o755)
     words = [*SMUGGLED, "a b", "ünï", "$HOME", "x=y"]
-    plan = dataclasses.replace(PLAN, command=("printf", "%s\\n", *words), setup=("true",))
+    plan = dataclasses.replace(
+        PLAN,
+        command=("printf", "%s\\n", *words),
+        setup=("true",),
+        python=sys.executable,
+        run_directory=tmp_path / "run",
+    )
     script = tmp_path / "job.sh"
     script.write_text(render(plan))
-    environment = {"PATH": f"{bin_directory}:/usr/bin:/bin", "RANK": "7"}
+    environment = {"PATH": f"{bin_directory}:/usr/bin:/bin", "RANK": "7", "SLURM_JOB_ID": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == words

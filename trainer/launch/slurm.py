@@ -51,6 +51,14 @@ class LaunchPlan:
     mail_user: str | None = None
     sbatch_options: Mapping[str, str | int | bool] = field(default_factory=dict[str, str | int | bool])
     modules: tuple[str, ...] = ()
+    end_seconds: int = 120
+    """That the ranks may take to end after one has failed."""
+    max_restarts: int = 100
+    """Failures after which the job starts again by itself."""
+    max_excluded_nodes: int = 2
+    """Nodes that are left out at most because the run failed on them."""
+    controller_seconds: int = 600
+    """How long the job tries to reach a controller that does not answer."""
     setup: tuple[str, ...] = ()
     """Shell lines of the recipe, written as they are."""
     environment: Mapping[str, str | int] = field(default_factory=dict[str, str | int])
@@ -123,8 +131,10 @@ def render(plan: LaunchPlan) -> str:
         "SETUP": "\n".join(plan.setup),
         "START": _start(plan),
         "PYTHON": shlex.quote(plan.python),
-        "RUN_DIRECTORY": '"$run_directory"',
-        "FIND_RUN_DIRECTORY": f"run_directory={_run_directory(plan)}",
+        "RUN_DIRECTORY": '"$run"',
+        "FIND_RUN_DIRECTORY": f"run={_run_directory(plan)}",
+        "END_SECONDS": str(plan.end_seconds),
+        "LIMITS": " ".join(_limits(plan)),
     }
     template = (resource_directory("slurm") / "train.sbatch").read_text(encoding="utf-8")
     # One pass, so that a value that looks like a placeholder stays what it is.
@@ -200,6 +210,12 @@ def _quoted(path: str) -> str:
     return f'"{path}"' if " " in path else path
 
 
+def _limits(plan: LaunchPlan) -> list[str]:
+    """Return the options by which the script's last line is told when to give up."""
+    names = ("max_restarts", "max_excluded_nodes", "controller_seconds")
+    return [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(plan, name)))]
+
+
 def _problems(plan: LaunchPlan) -> list[Problem]:
     problems: list[Problem] = []
     if _NAME.fullmatch(plan.job_name) is None:
@@ -211,6 +227,10 @@ def _problems(plan: LaunchPlan) -> list[Problem]:
         ("launch.slurm.gpus_per_node", plan.gpus_per_node, 0),
         ("launch.slurm.cpus_per_task", plan.cpus_per_task, 1),
         ("launch.slurm.signal_seconds", plan.signal_seconds, 1),
+        ("launch.slurm.end_seconds", plan.end_seconds, 1),
+        ("launch.slurm.max_restarts", plan.max_restarts, 0),
+        ("launch.slurm.max_excluded_nodes", plan.max_excluded_nodes, 0),
+        ("launch.slurm.controller_seconds", plan.controller_seconds, 0),
     ):
         if number is not None and (type(number) is not int or number < least):
             problems.append(Problem(key, number, f"must be an integer of at least {least}"))
