@@ -10,6 +10,7 @@ import typer
 from trainer.cli import (
     check,
     checkpoint,
+    control,
     data,
     data_shards,
     data_which,
@@ -57,6 +58,7 @@ data.app.command("which")(data_which.which)
 app.add_typer(data.app, name="data")
 app.command("submit")(submit.submit)
 app.command("status")(status.status)
+app.command("control")(control.control)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("export")(export.export)
 app.command("generate")(generate.generate)

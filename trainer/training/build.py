@@ -37,6 +37,7 @@ from trainer.models.config import (
 )
 from trainer.models.flops import training_flops_per_token
 from trainer.parallel.topology import mesh_of, mesh_table
+from trainer.resilience.requests import RequestSources
 from trainer.tasks.pretrain import loss_spec
 from trainer.telemetry.sinks.base import Fanout
 from trainer.telemetry.throughput import device_name, model_flops_utilization, peak_flops_per_second
@@ -57,7 +58,7 @@ def build_parts(
     attempt: int,
     open_sinks: Callable[[int], Fanout],
     say: Callable[[str], None],
-    stop_requested: Callable[[], bool],
+    requests: RequestSources,
     may_commit: Callable[[], None] = lambda: None,
 ) -> Parts:
     """Assemble a fresh or resumed run; the process group is joined already.
@@ -134,7 +135,7 @@ def build_parts(
         hook = Hook(recipe.checkpoint.hook, recipe.checkpoint.hook_timeout_seconds, run_directory)
     saver = Saver(writer, engine, state, facts, recipe.checkpoint, sinks, hook, saved_step=state.step if reader else -1)
     parts = Parts(
-        recipe, derived, engine, loader, validation, state, sinks, saver, stop_requested,
+        recipe, derived, engine, loader, validation, state, sinks, saver, requests,
         _utilization(engine, config, recipe, derived), rank=environment.rank,
     )  # fmt: skip
     if (warning := untested()) is not None:

@@ -12,10 +12,11 @@ from trainer.config.run import Recipe
 from trainer.core import faults
 from trainer.core.errors import DoNotRestartError
 from trainer.data.loader import TrainLoader
-from trainer.engine.base import Requests, StepPreview, StepResult, TrainEngine
+from trainer.engine.base import StepPreview, StepResult, TrainEngine
 from trainer.evaluation.validation import Validation
 from trainer.optim.schedules import multiplier
 from trainer.resilience.guard import is_sound, must_stop
+from trainer.resilience.requests import RequestSources
 from trainer.telemetry.sinks.base import Fanout
 from trainer.telemetry.throughput import StepClock
 from trainer.training.evaluating import early_end, evaluate_if_due, is_due
@@ -38,8 +39,7 @@ class Parts:
     state: TrainState
     sinks: Fanout
     saver: Saver
-    stop_requested: Callable[[], bool]
-    """Whether this rank was asked to stop."""
+    requests: RequestSources
     utilization: Callable[[float], float | None]
     """Tokens per second → model FLOPs utilization."""
     rank: int = 0
@@ -52,6 +52,7 @@ def train(parts: Parts) -> Outcome:
     """
     state, recipe, total = parts.state, parts.recipe, parts.derived.total_steps
     clock = StepClock()
+    parts.requests.begin(state.step, parts.saver)
     evaluate_if_due(parts)
     while state.step < total and early_end(parts) is None:
         clock.start_step()
@@ -60,18 +61,20 @@ def train(parts: Parts) -> Outcome:
             batches = parts.loader.next_step()
         learning_rate = recipe.optimizer.learning_rate * multiplier(recipe.schedule, state.step + 1, total)
         with clock.phase("forward_backward"):
-            requests = Requests(stop=parts.stop_requested() or parts.saver.must_stop)
+            evaluation_due = is_due(state.step + 1, recipe.evaluation.every_steps)
+            requests = parts.requests.ask(state.step + 1, evaluation_due=evaluation_due)
             result = parts.engine.train_batch(batches, accept, learning_rate, requests)
         samples = batch_size(recipe.batch, state.step + 1)
         state.advance(samples, samples * recipe.data.sequence_length, result)
         parts.sinks.step(step_record(parts, result, clock.finish_step(), learning_rate))
         parts.saver.tell()
         refuse_endless_skipping(parts, result)
-        stopping, best = result.stop_requests > 0, False
+        stopping, best = parts.requests.heed(result), False
         if not stopping or state.step == total:
             best = evaluate_if_due(parts)
         last = stopping or state.step == total or early_end(parts) is not None
-        if last or is_due(state.step, recipe.checkpoint.every_steps) or (best and recipe.checkpoint.keep_best):
+        due = result.save_requests > 0 or is_due(state.step, recipe.checkpoint.every_steps)
+        if last or due or (best and recipe.checkpoint.keep_best):
             parts.saver.save(final=last)
         if stopping and state.step < total:
             return "stopped"
