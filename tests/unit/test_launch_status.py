@@ -10,7 +10,8 @@ import pytest
 
 from trainer.core.errors import RefusedError
 from trainer.core.status_file import write_status
-from trainer.launch.status import collect, describe
+from trainer.launch.status import collect
+from trainer.launch.status_text import describe
 from trainer.launch.submit import recorded_jobs, write_script
 from trainer.telemetry.attempt_files import write_times
 from trainer.telemetry.attempt_times import AttemptTimes
@@ -46,7 +47,7 @@ def test_running_run(tmp_path):
     found = collect(tmp_path)
     assert found.goodput_fraction == pytest.approx(8 / 20)
     text = describe(found)
-    assert "4 of 10, 12s left" in text
+    assert "4 of 10 (40.0%), 12s left" in text
     assert "goodput     40.0% (" in text
     assert "1.50k" in text
     assert json.loads(found.to_json())["restarts"] == 1

@@ -36,7 +36,9 @@ STEP_FIELDS: tuple[Field, ...] = (
     Field("data_wait_seconds", "s", "time/data_wait_seconds", "waiting for the batch"),
     Field("forward_backward_seconds", "s", "time/forward_backward_seconds", "forward and backward passes"),
     Field("optimizer_seconds", "s", "time/optimizer_seconds", "gradient reduction tail, clipping and update"),
-    Field("skipped", "steps", "optimizer/skipped_steps", "steps refused so far (NaN or Inf)"),
+    Field("skipped", "steps", "optimizer/skipped_steps", "steps refused so far (NaN, Inf, spikes)"),
+    Field("spikes", "steps", "guard/spikes", "with a spike so far, also those that a rewind took back"),
+    Field("rewinds", "rewinds", "guard/rewinds", "to a checkpoint so far"),
     Field("memory_bytes", "B", "memory/peak_bytes", "peak on this device, or resident set on CPU"),
     Field("corrupt_samples", "sequences", "data/corrupt_samples", "left out so far because their data is corrupt"),
     Field("batch_hash", "", None, "digest of the tokens of the global batch; `trainer data which` computes it too"),
@@ -119,6 +121,8 @@ class StepRecord:
     corrupt_samples: int
     batch_hash: str
     time_unix: float
+    spikes: int = 0
+    rewinds: int = 0
     sources: tuple[SourceRecord, ...] = ()
     """One a source of ``data.train``; empty where there is only one."""
 

@@ -40,8 +40,11 @@ from trainer.parallel.topology import mesh_of, mesh_table
 from trainer.tasks.pretrain import loss_spec
 from trainer.telemetry.sinks.base import Fanout
 from trainer.telemetry.throughput import Stopwatch, device_name, model_flops_utilization, peak_flops_per_second
+from trainer.training.guard_log import GuardLog
+from trainer.training.guarding import Guard
 from trainer.training.isolation import refuse_leak
 from trainer.training.loop import Parts
+from trainer.training.replica_check import ReplicaCheck
 from trainer.training.resume import Resumption, load_checkpoint, refuse_beyond_budget
 from trainer.training.saving import Saver
 from trainer.training.state import TrainState
@@ -135,9 +138,13 @@ def build_parts(
     hook = None
     if recipe.checkpoint.hook and environment.rank == 0:
         hook = Hook(recipe.checkpoint.hook, recipe.checkpoint.hook_timeout_seconds, run_directory)
-    saver = Saver(writer, engine, state, facts, recipe.checkpoint, sinks, hook, saved_step=state.step if reader else -1)
+    replicas = ReplicaCheck(engine, state, recipe.resilience.guard.replica_check_every_steps)
+    saved_step = state.step if reader else -1
+    saver = Saver(writer, engine, state, facts, recipe.checkpoint, sinks, hook, saved_step, replicas.now)
+    guard = Guard(recipe.resilience, state, GuardLog(recipe) if environment.rank == 0 else None)
     parts = Parts(
-        recipe, derived, engine, loader, validation, state, sinks, saver, stop_requested,
+        recipe, derived, engine, loader, validation, state, sinks, saver, guard, replicas, ranks, open_sinks,
+        stop_requested,
         _utilization(engine, config, recipe, derived), rank=environment.rank,
     )  # fmt: skip
     if (warning := untested()) is not None:

@@ -50,6 +50,7 @@ def _train(
     from trainer.telemetry.build import build_sinks
     from trainer.telemetry.sinks.base import Fanout
     from trainer.training.attempt_clock import GoodputSink
+    from trainer.training.binding import bind
     from trainer.training.build import build_parts
     from trainer.training.evaluating import early_end
     from trainer.training.loop import train
@@ -59,6 +60,7 @@ def _train(
 
     def open_sinks(resume_step: int, restore_seconds: float) -> Fanout:
         nonlocal sinks
+        sinks.close()
         if directory is not None:
             directory.clock.begin(
                 resume_step, restore_seconds, -(-environment.world_size // environment.local_world_size)
@@ -72,7 +74,10 @@ def _train(
         print(text, file=log.console_stream, flush=True)
 
     try:
-        join_group(environment)
+        join_group(environment, rendezvous_timeout_seconds=recipe.launch.rendezvous_timeout_seconds)
+        if (bound := bind(recipe.launch.bind, environment)) is not None:
+            print(bound, flush=True)  # into the log
+            say(bound)
         parts = build_parts(
             recipe, derived, deepspeed_json, environment,
             attempt=directory.attempt if directory else 0,

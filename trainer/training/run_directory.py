@@ -25,7 +25,10 @@ from trainer.core.status_file import write_status
 from trainer.telemetry.run_report import collect_report, describe_report, write_report
 from trainer.training.attempt_clock import AttemptClock
 
-_LOGGED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+_LOGGED_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "TRAINER_LAUNCHER",
+)  # fmt: skip
 _LOGGED_VARIABLES += ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "NCCL_SOCKET_IFNAME")
 """An allow-list: the environment also holds tokens and keys."""
 _PACKAGES = ("trainer", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")

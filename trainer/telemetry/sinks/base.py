@@ -67,6 +67,11 @@ class Fanout:
         logger.info("%s", text)
         self._each(lambda sink: sink.message(text))
 
+    def replace(self, other: Fanout) -> None:
+        """Hand records to the sinks of ``other`` from now on; those before have been closed."""
+        self._sinks = other._sinks
+        self._reported.clear()
+
     def close(self) -> None:
         """Close every sink."""
         self._each(lambda sink: sink.close())
