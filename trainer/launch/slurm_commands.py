@@ -172,8 +172,8 @@ def _run(command: list[str], seconds: float, *, input_text: str | None = None, e
     }
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=seconds, env=environment, check=False,
-            **({"stdin": subprocess.DEVNULL} if input_text is None else {"input": input_text}),
+            command, input=input_text, capture_output=True, text=True, errors="replace", timeout=seconds,
+            env=environment, check=False,
         )  # fmt: skip
     except FileNotFoundError:
         raise SlurmCommandError(
