@@ -283,7 +283,7 @@ def test_command_reaches_the_rank_word_for_word(words):
         assert any(re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", word) for word in words)
         return
     assert directives(script) == directives(render(PLAN))
-    line = script[script.index("\nsrun --nodes") :]
+    line = script[script.index("\n  srun --nodes") :]
     line = line[line.index("\\\n") + 2 : line.index("step=$!")].strip()
     assert shlex.split(line.removesuffix("&")) == words
 

@@ -55,6 +55,14 @@ class SlurmConfig(Section):
     """Environment modules to load, in this order."""
     setup: tuple[str, ...] = ()
     """Shell lines run before the ranks start (source venv/bin/activate), written as they are."""
+    starter: Literal["srun", "torchrun", "mpirun", "mpiexec"] = "srun"
+    """What starts the ranks in the job: srun, one task a rank; torchrun, one agent a node; Open MPI's mpirun; mpiexec
+    of MPICH or Intel MPI."""
+    mpi: Literal["none", "pmix", "pmi2"] = "none"
+    """``srun --mpi``: only for code of yours that uses MPI, training does not need it."""
+    online: bool = False
+    """Whether the nodes may ask the Hugging Face Hub; else what the recipe names there must lie in the cache
+    (``trainer fetch``)."""
     environment: dict[str, str | int] = Field(default_factory=dict[str, str | int])
     """Environment variables of the ranks, taken word for word. No secrets: read those from a file in ``setup``."""
     network_interface: str | None = None
@@ -77,7 +85,17 @@ class LaunchConfig(Section):
 
     processes: int = Field(default=1, ge=1)
     """Ranks that ``trainer train`` starts on this machine."""
-    launcher: Literal["local", "slurm"] = "local"
-    """Who starts them."""
+    launcher: Literal["local", "slurm", "ssh"] = "local"
+    """Who starts them; ssh: ``hostfile`` says where."""
+    hostfile: str | None = None
+    """Hosts of ``launcher: ssh``, a line each, as DeepSpeed takes it: ``worker-1 slots=8``."""
+    include: str | None = None
+    """Of the hostfile, only these hosts or slots: ``worker-1@worker-2:0,2``."""
+    exclude: str | None = None
+    """Of the hostfile, not these hosts or slots."""
+    bind: Literal["auto", "none"] = "auto"
+    """auto: give each rank CPUs of its own, near its GPU, unless the launcher has done so."""
+    rendezvous_timeout_seconds: float = Field(default=600.0, gt=0)
+    """How long ranks wait for each other at the start."""
     slurm: SlurmConfig = SlurmConfig()
     """What is asked of SLURM; only read by ``trainer submit`` and where ``launcher`` is slurm."""

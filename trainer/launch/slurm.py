@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from trainer.config.run import Recipe
 from trainer.config.slurm import ContainerConfig, has_control_characters, slurm_problems
@@ -14,6 +15,7 @@ from trainer.core.errors import Problem, RefusedError
 from trainer.core.resources import resource_directory
 from trainer.launch.container import in_container, srun_container_options
 from trainer.launch.site import environment_lines, gpu_lines, module_lines
+from trainer.launch.starters import Starter, signal_target, start_line
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _PATH = re.compile(r"/[\w./+=@:,~% -]*")
@@ -58,6 +60,12 @@ class LaunchPlan:
     """Tasks of a job array, e.g. 1-5%1; None: one job."""
     sweep: bool = False
     """Each task of the array has a run directory of its own: ``run_directory``/JOB_NAME-0001..."""
+    starter: Starter = "srun"
+    """What starts the ranks in the job."""
+    mpi: Literal["none", "pmix", "pmi2"] = "none"
+    """``srun --mpi``."""
+    online: bool = False
+    """False: the Hugging Face libraries of the ranks ask no Hub."""
     command: tuple[str, ...]
     """What each rank runs."""
     python: str
@@ -137,11 +145,13 @@ def _run_directory(plan: LaunchPlan) -> str:
 
 
 def _start(plan: LaunchPlan) -> str:
-    """Return the line that starts the ranks."""
+    """Return the line that starts the ranks, in their container."""
     directories = (plan.working_directory, plan.run_directory)
-    options = _srun_options(plan) + srun_container_options(plan.container, directories, plan.environment)
-    command = in_container(plan.command, plan.container, directories, has_gpus=plan.gpus_per_node > 0)
-    return f"srun {shlex.join(options)} \\\n  {shlex.join(command)}"
+
+    def contained(command: tuple[str, ...]) -> tuple[str, ...]:
+        return in_container(command, plan.container, directories, has_gpus=plan.gpus_per_node > 0)
+
+    return start_line(plan, srun_container_options(plan.container, directories, plan.environment), contained)
 
 
 def _directives(plan: LaunchPlan) -> list[str]:
@@ -168,7 +178,7 @@ def _directives(plan: LaunchPlan) -> list[str]:
         ("mail-user", plan.mail_user),
         ("chdir", _quoted(str(plan.working_directory))),
         ("output", _quoted(output)),
-        ("signal", f"USR1@{plan.signal_seconds}"),  # without B: the ranks get it, on every node
+        ("signal", f"{signal_target(plan)}USR1@{plan.signal_seconds}"),
     ]
     lines = [f"{name}={value}" for name, value in options if value is not None]
     lines += [name if value is True else f"{name}={value}" for name, value in plan.sbatch_options.items()]
@@ -188,19 +198,6 @@ def _gpus(plan: LaunchPlan) -> tuple[str, str | int | None]:
 def _quoted(path: str) -> str:
     """Quote for sbatch's own parser (a path has no quotes or backslashes: `_PATH`)."""
     return f'"{path}"' if " " in path else path
-
-
-def _srun_options(plan: LaunchPlan) -> list[str]:
-    # KillOnBadExit is 0 by default: without it a job with a dead rank hangs until its time limit.
-    options = [
-        f"--nodes={plan.nodes}",
-        f"--ntasks={plan.world_size}",
-        f"--ntasks-per-node={plan.ranks_per_node}",
-        "--kill-on-bad-exit=1",
-        "--wait=60",
-    ]
-    # Since Slurm 22.05 srun does not inherit it from sbatch.
-    return options + ([f"--cpus-per-task={plan.cpus_per_task}"] if plan.cpus_per_task else [])
 
 
 def _problems(plan: LaunchPlan) -> list[Problem]:

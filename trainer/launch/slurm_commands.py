@@ -14,6 +14,7 @@ from trainer.core.errors import TrainerError
 _SUBMIT_SECONDS = 60.0
 """A busy controller answers late; after a time-out the job may or may not be queued, so this is generous."""
 _ASK_SECONDS = 15.0
+_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,200}")
 _MAXIMUM_SHOWN = 20
 """scontrol is asked job by job."""
 _JOB_ID = re.compile(r"[0-9]{1,12}(?:_[0-9]{1,9})?")
@@ -145,6 +146,15 @@ def test_script(text: str) -> None:
 def run_on_node(options: Sequence[str], command: Sequence[str], seconds: float) -> str:
     """Run a command as one task on one node and return what it printed. Raises SlurmCommandError."""
     return _run(["srun", "--nodes=1", "--ntasks=1", "--quiet", *options, *command], seconds)
+
+
+def node_address(node: str) -> str | None:
+    """Return the address by which SLURM reaches a node, None where it knows none. Raises SlurmCommandError."""
+    if _NODE_NAME.fullmatch(node) is None:
+        return None
+    answer = _run(["scontrol", "show", "node", node, "-o"], _ASK_SECONDS)
+    found = re.search(r"(?:^|\s)NodeAddr=(\S+)", answer)
+    return found[1] if found else None
 
 
 def requeue_job(job_id: str) -> None:

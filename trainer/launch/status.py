@@ -18,6 +18,8 @@ from trainer.core.status_file import read_status
 from trainer.launch.queue import Job, Queue, ask_queue
 from trainer.launch.submit import recorded_jobs
 from trainer.launch.sweep_file import Sweep, Task, task_of_sweep
+from trainer.telemetry.attempt_files import read_attempts
+from trainer.telemetry.goodput import goodput
 
 _RECENT_STEPS = 20
 """Steps whose mean time the remaining time is estimated from."""
@@ -62,7 +64,9 @@ class RunStatus:
     finish_unix: float | None
     """When the last step is expected, while the run runs."""
     goodput_fraction: float | None
-    """Time in steps that count, over the wall-clock time from the first start to the last step, waits included."""
+    """Time in steps that count, over the time that was allocated to the run."""
+    goodput: dict[str, Any] | None
+    """Where all of the time went, as in status.json."""
     failure: Failure | None
     job_id: str | None
     """The job that runs, else the one that waits, else the newest."""
@@ -131,6 +135,7 @@ def _collect(run_directory: Path, ids: list[str], queue: Queue) -> RunStatus | N
     remaining = None
     if fields.get("state") == "running" and step is not None and total is not None and metrics.step_seconds is not None:
         remaining = max(0, total - step) * metrics.step_seconds
+    spent = goodput(read_attempts(run_directory))
     note = None
     if ids and current is None:
         note = f"unknown ({queue.note})" if queue.note else "no longer in the queue"
@@ -150,7 +155,8 @@ def _collect(run_directory: Path, ids: list[str], queue: Queue) -> RunStatus | N
         tokens_per_second=metrics.tokens_per_second,
         remaining_seconds=remaining,
         finish_unix=time.time() + remaining if remaining is not None and state == "running" else None,
-        goodput_fraction=metrics.goodput_fraction,
+        goodput_fraction=spent.fraction if spent else None,
+        goodput=spent.to_json() if spent else None,
         failure=_read_failure(run_directory),
         job_id=current.id if current else (ids[-1] if ids else None),
         job_state=current.state if current else None,
@@ -208,38 +214,25 @@ class _Metrics:
     loss: float | None = None
     tokens_per_second: float | None = None
     step_seconds: float | None = None
-    goodput_fraction: float | None = None
 
 
 def _read_metrics(path: Path) -> _Metrics | None:
     """Return the newest numbers of metrics.jsonl, None where there is no step yet."""
     newest: dict[str, Any] | None = None
     recent: deque[float] = deque(maxlen=_RECENT_STEPS)
-    productive, started, step_before = 0.0, None, 0
     for line in _json_lines(path):
-        step, seconds, at = _whole(line.get("step")), _number(line.get("step_seconds")), _number(line.get("time_unix"))
-        if line.get("kind") == "evaluation" or step is None:
-            started = at if started is None else started
+        if line.get("kind") == "evaluation" or _whole(line.get("step")) is None:
             continue
         newest = line
-        if seconds is None or at is None:
-            continue
-        # One line stands for every step since the line before (telemetry.log_every_steps).
-        counted = seconds * max(1, step - step_before)
-        productive += counted
-        recent.append(seconds)
-        step_before = step
-        started = at - counted if started is None else started
+        if (seconds := _number(line.get("step_seconds"))) is not None:
+            recent.append(seconds)
     if newest is None:
         return None
-    ended = _number(newest.get("time_unix"))
-    wall = ended - started if ended is not None and started is not None else 0.0
     return _Metrics(
         step=_whole(newest.get("step")),
         loss=_number(newest.get("loss")),
         tokens_per_second=_number(newest.get("tokens_per_second")),
         step_seconds=sum(recent) / len(recent) if recent else None,
-        goodput_fraction=min(1.0, productive / wall) if wall > 0 else None,
     )
 
 

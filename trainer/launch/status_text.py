@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from trainer.core.units import format_count, format_duration
 from trainer.launch.queue import Job
 from trainer.launch.status import Failure, RunStatus, SweepStatus
+from trainer.telemetry.goodput import split_text
 
 _SHOWN_VALUE = 40
 
@@ -21,7 +22,7 @@ def describe(status: RunStatus) -> str:
     if status.best_validation_loss is not None:
         rows.append(("validation", f"{status.best_validation_loss:.4f} at its best, step {status.best_step}"))
     rows.append(("tokens/s", format_count(status.tokens_per_second) if status.tokens_per_second is not None else None))
-    rows.append(("goodput", f"{status.goodput_fraction:.1%}" if status.goodput_fraction is not None else None))
+    rows.append(("goodput", split_text(status.goodput["fractions"]) if status.goodput is not None else None))
     if status.checkpoints:
         count = f", {len(status.checkpoints)} kept" if len(status.checkpoints) > 1 else ""
         rows.append(("checkpoint", f"step {status.checkpoints[-1]}{count}"))

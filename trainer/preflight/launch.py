@@ -47,6 +47,14 @@ def _values(facts: Facts) -> Iterator[Problem]:
     yield from (problem for problem in slurm_problems(facts.recipe.launch.slurm) if problem.key != "launch.slurm.time")
 
 
+def _mpi(facts: Facts) -> Iterator[Problem]:
+    """``srun --mpi`` is an option of srun; under torchrun its tasks are agents, not ranks."""
+    slurm = facts.recipe.launch.slurm
+    if slurm.mpi != "none" and slurm.starter != "srun":
+        rule = f"has no effect with launch.slurm.starter = {slurm.starter}"
+        yield Problem("launch.slurm.mpi", slurm.mpi, rule, "remove it, or set launch.slurm.starter: srun")
+
+
 def _control(facts: Facts) -> Iterator[Problem]:
     """Paths and setup lines are written into scripts, logs and status files, one a line."""
     for key, text in _texts(facts.recipe.model_dump(mode="json"), ""):
@@ -77,5 +85,6 @@ RULES = (
     Rule("secrets in the environment", _values, Failing({"launch.slurm.environment": {"HF_TOKEN": "hf_x"}})),
     Rule("secrets in setup lines", _values, Failing({"launch.slurm.setup": ["export WANDB_API_KEY=123abc"]})),
     Rule("container", _values, Failing({"launch.slurm.container": {"runtime": "pyxis", "image": "$(id)"}})),
+    Rule("MPI of srun", _mpi, Failing({"launch.slurm.mpi": "pmix", "launch.slurm.starter": "mpirun"})),
     Rule("no control characters", _control, Failing({"run.directory": "runs/a\nb"})),
 )
