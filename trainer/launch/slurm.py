@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -161,7 +161,8 @@ def _start(plan: LaunchPlan) -> str:
     def contained(command: tuple[str, ...]) -> tuple[str, ...]:
         return in_container(command, plan.container, directories, has_gpus=plan.gpus_per_node > 0)
 
-    return start_line(plan, srun_container_options(plan.container, directories, plan.environment), contained)
+    inside = plan if plan.container is None else replace(plan, python=plan.container.python)
+    return start_line(inside, srun_container_options(plan.container, directories, plan.environment), contained)
 
 
 def _directives(plan: LaunchPlan) -> list[str]:

@@ -265,8 +265,8 @@ def _run(
     } | variables
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=seconds, env=environment, check=False,
-            **({"stdin": subprocess.DEVNULL} if input_text is None else {"input": input_text}),
+            command, input=input_text, capture_output=True, text=True, errors="replace", timeout=seconds,
+            env=environment, check=False,
         )  # fmt: skip
     except FileNotFoundError:
         raise SlurmCommandError(
