@@ -86,7 +86,8 @@ class Trainer:
 
     def train(
         self, recipe: Path, *overrides: str, world: int = 2, faults: str = "", before: str = "",
-        kill: Kill | None = None, grace_seconds: float = 0.0, privileged: bool = True, variables: dict[str, str] | None = None,
+        kill: Kill | None = None, grace_seconds: float = 0.0, privileged: bool = True,
+        variables: dict[str, str] | None = None,
     ) -> list[int]:  # fmt: skip
         """Run to the end and return the ranks' exit codes; ``grace_seconds`` after one was killed the others are.
 
