@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trainer.cli import (
+    cancel,
     check,
     checkpoint,
     data,
@@ -18,6 +19,7 @@ from trainer.cli import (
     fetch,
     generate,
     quickstart,
+    report,
     status,
     submit,
     train,
@@ -59,6 +61,8 @@ app.add_typer(data.app, name="data")
 app.command("fetch")(fetch.fetch)
 app.command("submit")(submit.submit)
 app.command("status")(status.status)
+app.command("report")(report.report)
+app.command("cancel")(cancel.cancel)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("export")(export.export)
 app.command("generate")(generate.generate)

@@ -38,11 +38,16 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def read_mapping(
-    path: str | Path, overrides: Iterable[str] = (), *, locked: bool = True
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    under: Mapping[str, Any] | None = None,
+    *,
+    locked: bool = True,
 ) -> tuple[dict[str, Any] | None, list[Problem]]:
     """Return the merged, unchecked mapping (None if a file can't be read) and the problems met on the way.
 
-    With ``locked``, Hugging Face ids are at the commits of the lock beside the recipe, where there is one.
+    ``under`` are values that the recipe is laid over: those of a site profile. With ``locked``, Hugging Face ids are
+    at the commits of the lock beside the recipe, where there is one.
     """
     recipe, problems = _read_file(Path(path), "recipe")
     if recipe is None:
@@ -53,6 +58,8 @@ def read_mapping(
         if base is None:
             return None, problems  # without the base nearly every key would be reported as missing
         recipe = merge(base, recipe)
+    if under is not None:
+        recipe = merge(under, recipe)
     for override in overrides:
         problem = _apply_override(recipe, override)
         if problem is not None:

@@ -12,8 +12,10 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from trainer.core.errors import Problem, RefusedError
@@ -24,6 +26,8 @@ _RANK_LAUNCHERS: tuple[Launcher, ...] = ("local", "torchrun", "deepspeed", "envi
 
 LAUNCHER_VARIABLE = "TRAINER_LAUNCHER"
 PARENT_VARIABLE = "TRAINER_LAUNCHER_PID"
+ALLOCATED_VARIABLE = "TRAINER_ALLOCATED_SINCE"
+"""Set by the batch script: when it started, in seconds since 1970. older Slurm does not say it itself."""
 THREADS_VARIABLE = "TRAINER_THREADS"
 _OF_RANKS = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK|NODE_RANK|CROSS_RANK|CROSS_SIZE)$"
@@ -150,6 +154,30 @@ def slurm_job(environment: Mapping[str, str]) -> tuple[str, str, int] | None:
     if not job:
         return None
     return environment.get("SLURM_CLUSTER_NAME", ""), job, int(restarts) if _INTEGER.fullmatch(restarts) else 0
+
+
+def allocated_since(environment: Mapping[str, str]) -> float | None:
+    """Return when the job got its nodes, in seconds since 1970; None where nobody says so."""
+    for name in ("SLURM_JOB_START_TIME", ALLOCATED_VARIABLE):
+        value = environment.get(name, "")
+        if _INTEGER.fullmatch(value) and int(value) > 0:
+            return float(value)
+    return None
+
+
+def process_started_unix() -> float:
+    """Return when this process started, to about 10 ms; now, where the system does not say it."""
+    now = time.time()
+    if sys.platform != "linux":
+        return now
+    try:
+        text = Path("/proc/self/stat").read_text(errors="replace")
+        # proc(5): the name in parentheses may hold anything; the start is the 20th field after it.
+        ticks = int(text.rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return now
+    age_seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return now - max(0.0, age_seconds)
 
 
 def host_of_rank(environment: Mapping[str, str], rank: int) -> str | None:

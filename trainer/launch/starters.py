@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 Starter = Literal["srun", "torchrun", "mpirun", "mpiexec"]
@@ -36,12 +37,21 @@ class StartPlan(Protocol):
     def python(self) -> str: ...
 
 
-def start_line(plan: StartPlan) -> str:
-    """Return the command, quoted for bash, that starts ``plan.command`` once a rank and ends when all ranks have."""
+def start_line(
+    plan: StartPlan,
+    srun_options: Sequence[str] = (),
+    contained: Callable[[tuple[str, ...]], tuple[str, ...]] = lambda command: command,
+) -> str:
+    """Return the command, quoted for bash, that starts ``plan.command`` once a rank and ends when all ranks have.
+
+    ``srun_options`` are further ones for starters that use srun; ``contained`` puts a container around a command.
+    """
     words = {"srun": _srun, "torchrun": _torchrun, "mpirun": _mpirun, "mpiexec": _mpiexec}[plan.starter](plan)
     variables = "" if plan.online else " ".join(_OFFLINE) + " \\\n  "
     options, command = words
-    return f"{variables}{shlex.join(options)} \\\n  {shlex.join(command)}"
+    if plan.starter in ("srun", "torchrun"):
+        options += srun_options
+    return f"{variables}{shlex.join(options)} \\\n  {shlex.join(contained(command))}"
 
 
 def signal_target(plan: StartPlan) -> Literal["", "B:"]:
