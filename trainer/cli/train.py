@@ -59,9 +59,11 @@ def train(
 
 def _launch(recipe: Path, overrides: list[str]) -> int:
     """Refuse a bad recipe before anything starts, then start local ranks and wait for them."""
+    from trainer.config.hostfile import hosts_of
     from trainer.core.private import keep_private
     from trainer.core.run_lock import refuse_if_held
     from trainer.launch.local import run_local
+    from trainer.launch.ssh import run_hosts
     from trainer.preflight.check import prepare
     from trainer.training.starting import nothing_to_do
 
@@ -72,11 +74,11 @@ def _launch(recipe: Path, overrides: list[str]) -> int:
         print(words)
         return 0
     keep_private(prepared.recipe.run.group_access)
-    processes = prepared.recipe.launch.processes
+    launch, processes = prepared.recipe.launch, prepared.derived.world_size
     print(f"{prepared.recipe.run.name}: starting {processes} rank{'s' if processes > 1 else ''}", flush=True)
     command = [sys.executable, "-m", "trainer", "train", str(recipe), *overrides]
     started = time.time()
-    code = run_local(command, processes)
+    code = run_hosts(hosts_of(launch), command) if launch.launcher == "ssh" else run_local(command, processes)
     note_silent_end(directory, code, started)
     return code
 
