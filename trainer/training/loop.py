@@ -6,20 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.checkpoint.agreement import Ranks
 from trainer.config.batch_schedule import batch_size
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
 from trainer.core import faults, phases
-from trainer.core.errors import DoNotRestartError
 from trainer.data.loader import TrainLoader
-from trainer.engine.base import StepPreview, StepResult, TrainEngine
+from trainer.engine.base import TrainEngine
 from trainer.evaluation.validation import Validation
 from trainer.optim.schedules import multiplier
-from trainer.resilience.guard import is_sound, must_stop
+from trainer.resilience.requests import RequestSources
 from trainer.telemetry.sinks.base import Fanout
 from trainer.telemetry.throughput import StepClock
 from trainer.training.evaluating import early_end, evaluate_if_due, is_due
+from trainer.training.guarding import Guard, follow_verdict
 from trainer.training.records import step_record
+from trainer.training.replica_check import ReplicaCheck
 from trainer.training.saving import Saver
 from trainer.training.state import TrainState
 from trainer.training.stragglers import Stragglers
@@ -39,8 +41,12 @@ class Parts:
     state: TrainState
     sinks: Fanout
     saver: Saver
-    stop_requested: Callable[[], bool]
-    """Whether this rank was asked to stop."""
+    guard: Guard
+    replicas: ReplicaCheck
+    ranks: Ranks
+    open_sinks: Callable[[int], Fanout]
+    """Open logs and curves, cut back to a step."""
+    requests: RequestSources
     utilization: Callable[[float], float | None]
     """Tokens per second → model FLOPs utilization."""
     stragglers: Stragglers
@@ -54,6 +60,7 @@ def train(parts: Parts) -> Outcome:
     """
     state, recipe, total = parts.state, parts.recipe, parts.derived.total_steps
     clock = StepClock()
+    parts.requests.begin(state.step, parts.saver)
     evaluate_if_due(parts)
     while state.step < total and early_end(parts) is None:
         clock.start_step()
@@ -63,8 +70,9 @@ def train(parts: Parts) -> Outcome:
             batches = parts.loader.next_step()
         learning_rate = recipe.optimizer.learning_rate * multiplier(recipe.schedule, state.step + 1, total)
         with clock.phase("forward_backward"):
-            stop = parts.stop_requested() or parts.saver.must_stop
-            result = parts.engine.train_batch(batches, accept, learning_rate, stop)
+            evaluation_due = is_due(state.step + 1, recipe.evaluation.every_steps)
+            requests = parts.requests.ask(state.step + 1, evaluation_due=evaluation_due)
+            result = parts.engine.train_batch(batches, parts.guard.accept, learning_rate, requests)
         phases.mark("log")
         samples = batch_size(recipe.batch, state.step + 1)
         state.advance(samples, samples * recipe.data.sequence_length, result)
@@ -72,30 +80,17 @@ def train(parts: Parts) -> Outcome:
         parts.stragglers.observe(times.step_seconds)
         parts.sinks.step(step_record(parts, result, times, learning_rate))
         parts.saver.tell()
-        refuse_endless_skipping(parts, result)
-        stopping, best = result.stop_requests > 0, False
+        stopping, best = parts.requests.heed(result), False
+        if follow_verdict(parts, result):
+            continue
+        parts.replicas.if_due()
         if not stopping or state.step == total:
             best = evaluate_if_due(parts)
         last = stopping or state.step == total or early_end(parts) is not None
-        if last or is_due(state.step, recipe.checkpoint.every_steps) or (best and recipe.checkpoint.keep_best):
+        due = result.save_requests > 0 or is_due(state.step, recipe.checkpoint.every_steps)
+        if last or due or (best and recipe.checkpoint.keep_best):
             parts.saver.save(final=last)
         if stopping and state.step < total:
             return "stopped"
     parts.saver.save(final=True)
     return "finished"
-
-
-def accept(preview: StepPreview) -> bool:
-    """Veto a step whose loss or gradient norm is NaN or Inf, before it changes anything."""
-    return is_sound(preview.loss, preview.grad_norm)
-
-
-def refuse_endless_skipping(parts: Parts, result: StepResult) -> None:
-    """Raise DoNotRestartError after too many vetoed steps in a row."""
-    if not result.applied:
-        parts.sinks.message(f"step {parts.state.step} skipped: loss {result.loss}, gradient norm {result.grad_norm}")
-    if must_stop(parts.state.consecutive_skips, parts.recipe.resilience.max_skipped_steps):
-        raise DoNotRestartError(
-            f"{parts.state.consecutive_skips} steps in a row had a NaN or Inf loss or gradient"
-            " (resilience.max_skipped_steps); lower the learning rate or look at the data of these steps"
-        )

@@ -42,6 +42,8 @@ def step_record(parts: Parts, result: StepResult, times: StepTimes, learning_rat
         median_rank_seconds=compared.median_seconds if compared else None,
         slowest_rank=compared.slowest_rank if compared else None,
         batch_hash=hash_text(result.batch_digest),
+        spikes=state.guard.spikes,
+        rewinds=len(state.guard.rewound_at),
         time_unix=time.time(),
         sources=_source_records(parts, result),
     )

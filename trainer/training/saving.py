@@ -13,6 +13,7 @@ from trainer.core import phases
 from trainer.core.errors import CheckpointError
 from trainer.core.units import format_bytes, format_duration
 from trainer.engine.base import TrainEngine
+from trainer.resilience.control import Save
 from trainer.telemetry.record import CheckpointRecord
 from trainer.telemetry.sinks.base import Fanout
 from trainer.training.state import TrainState
@@ -34,8 +35,13 @@ class Saver:
         sinks: Fanout,
         hook: Hook | None,
         saved_step: int,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        """``facts`` returns further fields of a manifest; ``hook`` is given on rank 0 alone."""
+        """``facts`` returns further fields of a manifest; ``hook`` is given on rank 0 alone.
+
+        ``check`` raises, on every rank alike, where the state is not worth saving.
+        """
+        self._check = check
         self._writer = writer
         self._engine = engine
         self._state = state
@@ -46,6 +52,9 @@ class Saver:
         self._saved_step = saved_step
         self._best_saved = state.best.step
         self._begun_as_best = False
+        # A rewind needs the newest checkpoint of before the bad steps.
+        self._good_step = saved_step if state.guard.bad_since is None else -1
+        self._begun_as_good = False
         self._told: Saved | None = None
 
     @property
@@ -53,6 +62,11 @@ class Saver:
         """Whether this rank knows of a failed save that ends the run; others may learn of it a moment later."""
         saved = self._writer.finished()
         return self._settings.on_error == "stop" and saved is not None and saved.error is not None
+
+    @property
+    def newest(self) -> Save | None:
+        """How the last save has ended that the user was told of."""
+        return Save(self._told.step, self._told.error) if self._told is not None else None
 
     def tell(self) -> None:
         """Tell the user of a save that has ended meanwhile. Does not wait, and changes nothing for other ranks."""
@@ -72,7 +86,9 @@ class Saver:
         waited = self._settle()
         if self._saved_step == self._state.step:
             return
+        self._check()
         phases.mark("save", detail="writing the checkpoint" if final else "copying the state")
+        self._begun_as_good = self._state.guard.bad_since is None
         self._begun_as_best = self._state.best.step == self._state.step
         saved = self._writer.save(
             self._state.step, self._engine.iterate_state(), self._facts(), wait=final, protected=self._protected()
@@ -90,6 +106,19 @@ class Saver:
             self._say(self._hook.wait() if wait else self._hook.leave())
         self._writer.meet()
 
+    def settle(self) -> None:
+        """Wait for the save in flight. Raises CheckpointError under ``on_error: stop``."""
+        self._settle()
+
+    def go_back(self) -> None:
+        """Follow a rewind: forget later checkpoints, and commit this step's again, with what the rewind left out.
+
+        A kill before that is durable starts from the old one, and meets the same samples again.
+        """
+        self._writer.drop_after(self._state.step)
+        self._saved_step, self._best_saved, self._good_step = -1, self._state.best.step, self._state.step
+        self.save(final=False)
+
     def rescue(self) -> None:
         """Let a save in flight end, if it does soon: this rank is failing. Not collective."""
         saved = self._writer.finish(_RESCUE_SECONDS)
@@ -98,7 +127,7 @@ class Saver:
 
     def _protected(self) -> set[int]:
         """Return the steps whose checkpoints must stay, whatever retention says."""
-        steps = self._hook.protected if self._hook else set[int]()
+        steps = (self._hook.protected if self._hook else set[int]()) | {self._good_step}
         # That of the best evaluation before stays until the new one's has been committed.
         return steps | {self._state.best.step, self._best_saved} if self._settings.keep_best else steps
 
@@ -116,6 +145,8 @@ class Saver:
         self._tell(saved)
         if saved.error is None:
             self._saved_step = saved.step
+            if self._begun_as_good:
+                self._good_step = saved.step
             if self._begun_as_best:
                 self._best_saved = saved.step
 
