@@ -6,11 +6,15 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainer.resilience.signals import StopFlag
+
+if TYPE_CHECKING:
+    from trainer.config.run import Recipe
+    from trainer.core.environ import RankEnvironment
 
 
 def train(
@@ -51,10 +55,35 @@ def train(
         if environment.rank == 0:
             print(words)
         return
+    _supervise(prepared.recipe, environment)
     from trainer.training.rank import end_process, run_rank
 
     stop = context.find_object(StopFlag)
     end_process(run_rank(prepared.recipe, prepared.derived, prepared.deepspeed, environment, stop, job_end_unix))
+
+
+def _supervise(recipe: Recipe, environment: RankEnvironment) -> None:
+    """Go on as a child of this process, which watches over it from now on."""
+    import socket
+
+    from trainer.core.failure_file import launch_name
+    from trainer.launch.failure import hosts_of_ranks
+    from trainer.launch.supervisor import Watched, become_rank
+
+    settings = recipe.resilience.watchdog
+    if not settings.enabled or sys.platform != "linux":
+        return
+    become_rank(
+        Watched(
+            ranks=environment,
+            run_directory=Path(recipe.run.directory),
+            group_access=recipe.run.group_access,
+            settings=settings,
+            launch=launch_name(environment, os.environ),
+            host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            hosts=hosts_of_ranks(environment, os.environ),
+        )
+    )
 
 
 def _launch(recipe: Path, overrides: list[str]) -> int:

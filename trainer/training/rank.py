@@ -11,6 +11,7 @@ from typing import Any
 
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
+from trainer.core import phases
 from trainer.core.done_file import remove_done, write_done
 from trainer.core.environ import RankEnvironment
 from trainer.core.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, RefusedError, TrainerError
@@ -30,6 +31,7 @@ def run_rank(
 
     ``stop`` has its handlers installed already; ``job_end`` asks the scheduler when a job ends.
     """
+    phases.mark("start", detail="opening the run directory")
     keep_private(recipe.run.group_access)  # a run directory holds paths, host names and data
     make_run_directory(Path(recipe.run.directory), recipe.run.group_access)
     directory: RunDirectory | None = None
@@ -54,6 +56,7 @@ def _train(
     recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], environment: RankEnvironment,
     directory: RunDirectory | None, log: RankLog, stop: StopFlag, job_end: Ask | None,
 ) -> int:  # fmt: skip
+    phases.mark("start", detail="importing torch and DeepSpeed")
     # Imported here: the log must be open before torch and DeepSpeed give their loggers a stream.
     from trainer.engine.build import join_group, leave_group
     from trainer.telemetry.build import build_sinks
@@ -68,13 +71,14 @@ def _train(
 
     sinks, durations = Fanout([]), Durations()
 
-    def open_sinks(resume_step: int, restore_seconds: float) -> Fanout:
+    def open_sinks(resume_step: int, restore_seconds: float | None = None) -> Fanout:
         nonlocal sinks
         sinks.close()
         if directory is not None:
-            directory.clock.begin(
-                resume_step, restore_seconds, -(-environment.world_size // environment.local_world_size)
-            )
+            if restore_seconds is not None:  # else a rewind, which the clock sees by the numbers of the steps
+                nodes = -(-environment.world_size // environment.local_world_size)
+                directory.clock.begin(resume_step, restore_seconds, nodes)
+            phases.board.note_started()
             made = build_sinks(recipe, directory.path, resume_step, derived.total_steps, log.console_stream)
             goodput = GoodputSink(directory.clock, lambda record: sinks.goodput(record))
             status = StatusSink(directory, resume_step, derived.total_steps)
@@ -88,6 +92,8 @@ def _train(
         requests = request_sources(
             recipe, derived.total_steps, stop, directory, job_end, durations, lambda text: sinks.message(text)
         )
+        where = f"{environment.master_address}:{environment.master_port}"
+        phases.mark("start", detail=f"meeting the other ranks at {where}")
         join_group(environment, rendezvous_timeout_seconds=recipe.launch.rendezvous_timeout_seconds)
         if (bound := bind(recipe.launch.bind, environment)) is not None:
             print(bound, flush=True)  # into the log
@@ -104,7 +110,8 @@ def _train(
                 directory.status(best_validation_loss=parts.state.best.loss, best_step=parts.state.best.step)
         try:
             outcome = train(parts)
-        except BaseException:
+        except BaseException as error:
+            note_exception(error)
             parts.saver.rescue()
             raise
         early = early_end(parts)
@@ -121,10 +128,16 @@ def _train(
         sinks.message(_farewell(outcome, parts.state.step, derived, recipe, early))
         if directory is not None and outcome == "finished":
             directory.report(sinks.message)
+        # A hook has its own time limit, and the other ranks wait for it.
+        hook = recipe.checkpoint.hook_timeout_seconds if recipe.checkpoint.hook else 0.0
+        phases.board.mark("stop", allowed_seconds=hook + recipe.resilience.watchdog.slow_seconds)
         parts.saver.close(wait=outcome == "finished")
         sinks.close()
         parts.loader.close()
         parts.engine.close()
+    except BaseException as error:
+        note_exception(error)
+        raise
     finally:
         sinks.close()
         leave_group()
@@ -141,6 +154,7 @@ def _farewell(outcome: str, step: int, derived: Derived, recipe: Recipe, early: 
 
 def _report(error: BaseException, environment: RankEnvironment, directory: RunDirectory | None, log: RankLog) -> int:
     """Tell user, log and status.json what ended this rank; return its exit code."""
+    note_exception(error)
     traceback.print_exception(error)
     code = error.exit_code if isinstance(error, TrainerError) else EXIT_FAILURE
     text = str(error) if isinstance(error, TrainerError) else f"{type(error).__name__}: {error}"
@@ -154,6 +168,12 @@ def _report(error: BaseException, environment: RankEnvironment, directory: RunDi
         with contextlib.suppress(OSError):
             print(f"trainer: {rank}{text}{where}", file=log.error_stream, flush=True)
     return code
+
+
+def note_exception(error: BaseException) -> None:
+    """Let the supervisor know what ends this rank, before anything else is done about it."""
+    text = "".join(traceback.format_exception(error))
+    phases.board.note_exception(error, text, told=isinstance(error, TrainerError))
 
 
 def _told_by_first_rank(log: RankLog, text: str) -> bool:
