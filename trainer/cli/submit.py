@@ -31,6 +31,7 @@ def submit(
         plan(
             checked,
             command=(sys.executable, "-m", "trainer", "train", os.path.abspath(recipe), *settings),
+            preflight=(sys.executable, "-m", "trainer", "check", os.path.abspath(recipe), *settings, "--on-node"),
             python=sys.executable,
             working_directory=Path.cwd(),
             run_directory=run_directory,

@@ -34,8 +34,19 @@ class SlurmConfig(Section):
     """Nodes to avoid."""
     signal_seconds: int = Field(default=120, ge=1, le=65535)
     """Seconds before the time limit at which ranks are told to checkpoint."""
+    preflight: bool | None = None
+    """Whether the job checks its nodes first (``trainer check --on-node``); null: if there is more than one."""
     setup: tuple[str, ...] = ()
     """Shell lines run before the ranks start (module load ..., source venv/bin/activate), written as they are."""
+
+
+class PreflightConfig(Section):
+    """The check of the nodes before training, ``trainer check --on-node``."""
+
+    seconds: int = Field(default=60, ge=10)
+    """Time limit of the check, from when a rank has loaded torch; half of it for the ranks to arrive."""
+    slow_fraction: float = Field(default=0.5, ge=0, lt=1)
+    """A node slower than this share of the median is at fault."""
 
 
 class LaunchConfig(Section):
@@ -45,5 +56,7 @@ class LaunchConfig(Section):
     """Ranks that ``trainer train`` starts on this machine."""
     launcher: Literal["local", "slurm"] = "local"
     """Who starts them."""
+    preflight: PreflightConfig = PreflightConfig()
+    """How nodes are checked before training."""
     slurm: SlurmConfig = SlurmConfig()
     """What is asked of SLURM; only read by ``trainer submit`` and where ``launcher`` is slurm."""

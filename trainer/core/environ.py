@@ -6,6 +6,7 @@ launches (torchrun 2.13, deepspeed 0.19, Slurm 22.05, Open MPI 4.1/5.0, MPICH 5.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -137,6 +138,18 @@ def slurm_job(environment: Mapping[str, str]) -> tuple[str, str, int] | None:
     if not job:
         return None
     return environment.get("SLURM_CLUSTER_NAME", ""), job, int(restarts) if _INTEGER.fullmatch(restarts) else 0
+
+
+def node_name(environment: Mapping[str, str]) -> str:
+    """Return what SLURM calls this node, as its commands take it; else the host's name."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def step_hosts(environment: Mapping[str, str]) -> list[str]:
+    """Return the nodes of the SLURM step or job this process is in; empty outside of one."""
+    with contextlib.suppress(ValueError):
+        return expand_hostlist(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", ""))
+    return []
 
 
 def die_with_parent(environment: Mapping[str, str]) -> None:

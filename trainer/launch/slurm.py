@@ -27,6 +27,24 @@ _PATTERNS = {
 }
 
 
+_LOADING_SECONDS = 150
+"""For Python and torch to be loaded, from a network file system perhaps, and for srun to start and end the ranks."""
+_PREFLIGHT = """
+# Are these nodes fit for the run? 1: a node is at fault, RUN/failure.json names it; 2: the recipe or environment is.
+# srun waits for ever for a node that it can't reach, hence timeout.
+timeout --kill-after=10 {seconds} srun {options} \\
+  {command} &
+preflight=$!
+while kill -0 "$preflight" 2>/dev/null; do wait "$preflight" || true; done
+code=0
+wait "$preflight" || code=$?
+if [ "$code" -ne 0 ]; then
+  {python} -m trainer.launch.requeue {run} --since "$started" || true
+  exit "$code"
+fi
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LaunchPlan:
     """All that the batch script depends on."""
@@ -49,6 +67,10 @@ class LaunchPlan:
     """Seconds before the time limit at which SLURM sends USR1 to the ranks."""
     setup: tuple[str, ...] = ()
     """Shell lines of the recipe, written as they are."""
+    preflight: tuple[str, ...] = ()
+    """What each rank runs to check its node before the ranks train; empty: nothing."""
+    preflight_seconds: int = 210
+    """After which the check is killed."""
     command: tuple[str, ...]
     """What each rank runs."""
     python: str
@@ -65,10 +87,20 @@ class LaunchPlan:
 
 
 def plan(
-    recipe: Recipe, *, command: tuple[str, ...], python: str, working_directory: Path, run_directory: Path
+    recipe: Recipe,
+    *,
+    command: tuple[str, ...],
+    preflight: tuple[str, ...] = (),
+    python: str,
+    working_directory: Path,
+    run_directory: Path,
 ) -> LaunchPlan:
-    """Return what ``launch.slurm`` of the recipe asks for, running ``command`` once per rank."""
+    """Return what ``launch.slurm`` of the recipe asks for, running ``command`` once per rank.
+
+    ``preflight``, what checks a node, is run before it where ``launch.slurm.preflight`` asks for it.
+    """
     slurm = recipe.launch.slurm
+    checks = slurm.preflight if slurm.preflight is not None else slurm.nodes > 1
     return LaunchPlan(
         job_name=recipe.run.name,
         nodes=slurm.nodes,
@@ -84,6 +116,8 @@ def plan(
         exclude=slurm.exclude,
         signal_seconds=slurm.signal_seconds,
         setup=slurm.setup,
+        preflight=preflight if checks else (),
+        preflight_seconds=recipe.launch.preflight.seconds + _LOADING_SECONDS,
         command=command,
         python=python,
         working_directory=working_directory,
@@ -108,6 +142,7 @@ def render(plan: LaunchPlan) -> str:
     filled = {
         "DIRECTIVES": "\n".join(f"#SBATCH --{option}" for option in _directives(plan)),
         "SETUP": "\n".join(plan.setup),
+        "PREFLIGHT": _preflight(plan),
         "START": f"srun {' '.join(_srun_options(plan))} \\\n  {shlex.join(plan.command)}",
         "PYTHON": shlex.quote(plan.python),
         "RUN_DIRECTORY": shlex.quote(str(plan.run_directory)),
@@ -159,6 +194,18 @@ def _srun_options(plan: LaunchPlan) -> list[str]:
     return options + ([f"--cpus-per-task={plan.cpus_per_task}"] if plan.cpus_per_task else [])
 
 
+def _preflight(plan: LaunchPlan) -> str:
+    if not plan.preflight:
+        return ""
+    return _PREFLIGHT.format(
+        seconds=plan.preflight_seconds,
+        options=" ".join(_srun_options(plan)),
+        command=shlex.join(plan.preflight),
+        python=shlex.quote(plan.python),
+        run=shlex.quote(str(plan.run_directory)),
+    )
+
+
 def _problems(plan: LaunchPlan) -> list[Problem]:
     problems: list[Problem] = []
     values: dict[str, str | None] = {
@@ -188,7 +235,7 @@ def _problems(plan: LaunchPlan) -> list[Problem]:
         if _PATH.fullmatch(str(path)) is None:
             rule = "SLURM scripts take absolute paths of letters, digits, spaces and ./_-+=@:,~% only"
             problems.append(Problem(key, str(path), rule, "choose another directory"))
-    words = [("command", word) for word in (*plan.command, plan.python)]
+    words = [("command", word) for word in (*plan.command, *plan.preflight, plan.python)]
     for key, text in [*words, *(("launch.slurm.setup", line) for line in plan.setup)]:
         if _CONTROL.search(text.replace("\t", " ")):
             problems.append(Problem(key, text, "must be one line without control characters"))
