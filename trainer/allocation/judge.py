@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,11 +24,12 @@ class Stop(Exception):
 class Judge:
     """Collects checks. Each method takes the values of all ranks, in their order, and returns what they do next."""
 
-    def __init__(self, recipe: Recipe | None, local_world_size: int, expected_hosts: Sequence[str]) -> None:
+    def __init__(self, recipe: Recipe | None, local_world_size: int, host_of_rank: Callable[[int], str | None]) -> None:
+        """``host_of_rank``: where a rank was started, if the launcher says so."""
         self.checks: list[Check] = []
         self.hosts: list[str] = []
         """Host of each node; a node is named by its first rank."""
-        self._recipe, self._local_world_size, self._expected = recipe, local_world_size, expected_hosts
+        self._recipe, self._local_world_size, self._host_of_rank = recipe, local_world_size, host_of_rank
         self._host_of: dict[int, str] = {}
         self._leaders: list[int] = []
         self._nodes: dict[str, Any] = {}
@@ -128,8 +129,10 @@ class Judge:
             fix = "look at these nodes, and at what the ranks have printed"
             self.checks.append(Check("ranks", "", (Finding("node", text, fix, hosts),)))
             return
+        silent = tuple(dict.fromkeys(host for rank in ranks if (host := self._host_of_rank(rank)) is not None))
         arrived = {value["host"] for value in values.values()}
-        silent = tuple(host for host in self._expected if host not in arrived)
+        # Where others of its ranks have arrived the node is not the cause.
+        silent = tuple(host for host in silent if host not in arrived)
         which = f"rank{'s' if len(ranks) > 1 else ''} {spans(sorted(ranks))} of {len(ranks) + len(values)}"
         text = f"{which} did not arrive" + (f": no word from {listed(silent)}" if silent else "")
         fix = "see what srun says of starting them there, and look at the network between these nodes and rank 0's"

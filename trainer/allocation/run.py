@@ -25,7 +25,7 @@ from trainer.allocation.report import failure_fields, report
 from trainer.config.launch import PreflightConfig
 from trainer.config.run import Recipe
 from trainer.core.durable import replace_text
-from trainer.core.environ import RankEnvironment, node_name, step_hosts
+from trainer.core.environ import RankEnvironment, host_of_rank
 from trainer.core.errors import EXIT_FAILURE, TrainerError
 
 _CONNECT_SECONDS = 5.0
@@ -46,9 +46,10 @@ class Candidate:
 class _Rank:
     def __init__(self, place: RankEnvironment, candidate: Candidate, environment: Mapping[str, str]) -> None:
         self.place, self.candidate = place, candidate
-        self.host = node_name(environment)
+        # As SLURM's commands take it, which the host's own name need not be.
+        self.host = host_of_rank(environment, place.rank) or socket.gethostname()
         self.settings = candidate.recipe.launch.preflight if candidate.recipe is not None else PreflightConfig()
-        self.judge = Judge(candidate.recipe, place.local_world_size, step_hosts(environment))
+        self.judge = Judge(candidate.recipe, place.local_world_size, lambda rank: host_of_rank(environment, rank))
         self.began = time.monotonic()
         self.environment = environment
         self._reported = threading.Lock()

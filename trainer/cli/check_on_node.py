@@ -24,6 +24,10 @@ def check_on_node(recipe: Path, overrides: list[str]) -> NoReturn:
         from trainer.launch.mpirun import discover
 
         place = discover(place)
+    elif place.launcher == "slurm":
+        from trainer.launch.address import reachable
+
+        place = reachable(place)
     environ.export(place, os.environ)
     from trainer.allocation.run import Candidate, check_allocation
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trainer.cli import (
+    cancel,
     check,
     checkpoint,
     data,
@@ -17,6 +18,7 @@ from trainer.cli import (
     export,
     generate,
     quickstart,
+    report,
     status,
     submit,
     train,
@@ -57,6 +59,8 @@ data.app.command("which")(data_which.which)
 app.add_typer(data.app, name="data")
 app.command("submit")(submit.submit)
 app.command("status")(status.status)
+app.command("report")(report.report)
+app.command("cancel")(cancel.cancel)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("export")(export.export)
 app.command("generate")(generate.generate)

@@ -36,8 +36,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return recipe
 
 
-def read_mapping(path: str | Path, overrides: Iterable[str] = ()) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """Return the merged, unchecked mapping (None if a file can't be read) and the problems met on the way."""
+def read_mapping(
+    path: str | Path, overrides: Iterable[str] = (), under: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any] | None, list[Problem]]:
+    """Return the merged, unchecked mapping (None if a file can't be read) and the problems met on the way.
+
+    ``under`` are values that the recipe is laid over: those of a site profile.
+    """
     recipe, problems = _read_file(Path(path), "recipe")
     if recipe is None:
         return None, problems
@@ -47,6 +52,8 @@ def read_mapping(path: str | Path, overrides: Iterable[str] = ()) -> tuple[dict[
         if base is None:
             return None, problems  # without the base nearly every key would be reported as missing
         recipe = merge(base, recipe)
+    if under is not None:
+        recipe = merge(under, recipe)
     for override in overrides:
         problem = _apply_override(recipe, override)
         if problem is not None:
