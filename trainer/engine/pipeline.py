@@ -14,13 +14,14 @@ from torch import distributed, nn
 
 from trainer.config.optimizer import OptimizerConfig
 from trainer.data.batches import MicroBatch
-from trainer.engine.base import Accept, StateReader, StateSlice, StepResult
+from trainer.engine.base import Accept, Requests, StateReader, StateSlice, StepResult
 from trainer.engine.gate import Gate, Reading, step_result
 from trainer.engine.inputs import model_inputs
 from trainer.engine.muon import Muon
 from trainer.engine.norm import gradient_norm
 from trainer.engine.optimizers import MasterState, initialise_state, set_learning_rate
 from trainer.engine.pipeline_module import MicroBatches
+from trainer.engine.replicas import replica_digests
 from trainer.engine.state import load_slices
 from trainer.engine.state_replicated import ReplicatedState, owns_on_tensor_rank, persistent_buffers, replicated_tensors
 from trainer.engine.state_zero12 import FlatPartitionState
@@ -116,7 +117,7 @@ class StagedEngine:
         return self._whole.division
 
     def train_batch(
-        self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, stop_requested: bool
+        self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, requests: Requests
     ) -> StepResult:
         """Run one optimizer step. See TrainEngine."""
         started = time.perf_counter()
@@ -125,7 +126,7 @@ class StagedEngine:
         totals = StepTotals(
             batches,
             self._num_sources,
-            stop_requested,
+            requests,
             self._device,
             counts=self._place.stage == 0 and self._place.tensor == 0,
         )
@@ -196,6 +197,13 @@ class StagedEngine:
         load_slices(self.iterate_state(), reader, self._base, optimizer_steps)
         with torch.no_grad():
             self._state.refresh()
+
+    def replica_digests(self) -> dict[str, int]:
+        """Digest weights, buffers and what of the optimizer's state has copies. See TrainEngine."""
+        stage = self._engine.zero_optimization_stage()
+        copied = self._state.slices() if stage == 0 or self._topology.tensor > 1 else ()
+        slices = (piece for piece in copied if stage == 0 or piece.cut is None)
+        return replica_digests([*self._parameters, *persistent_buffers(self._network)], slices)
 
     def close(self) -> None:
         """Free the engine's hooks and buffers."""

@@ -15,13 +15,14 @@ from torch import distributed, nn
 
 from trainer.config.optimizer import OptimizerConfig
 from trainer.data.batches import MicroBatch
-from trainer.engine.base import Accept, StateReader, StateSlice, StepResult
+from trainer.engine.base import Accept, Requests, StateReader, StateSlice, StepResult
 from trainer.engine.expert_groups import ExpertGroups
 from trainer.engine.gate import Gate, step_result
 from trainer.engine.inputs import model_inputs
 from trainer.engine.muon import Muon
 from trainer.engine.norm import gradient_norm
 from trainer.engine.optimizers import MasterState, initialise_state, set_learning_rate
+from trainer.engine.replicas import replica_digests
 from trainer.engine.sequence import local_part
 from trainer.engine.state import load_slices
 from trainer.engine.state_replicated import (
@@ -109,7 +110,7 @@ class ZeroEngine:
         return []
 
     def train_batch(
-        self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, stop_requested: bool
+        self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, requests: Requests
     ) -> StepResult:
         """Run one optimizer step. See TrainEngine."""
         started = time.perf_counter()
@@ -119,7 +120,7 @@ class ZeroEngine:
         self._network.train()
         set_learning_rate(self._base, learning_rate)
         parts = [self._local(batch) for batch in batches]
-        totals = StepTotals(parts, self._num_sources, stop_requested, self._device, counts=self._place.tensor == 0)
+        totals = StepTotals(parts, self._num_sources, requests, self._device, counts=self._place.tensor == 0)
         # DeepSpeed averages gradients over ranks: undo that, then divide by the global count.
         scale = self._replicas / totals.target_tokens
         boundary = started
@@ -164,6 +165,12 @@ class ZeroEngine:
         load_slices(self.iterate_state(), reader, self._base, optimizer_steps)
         with torch.no_grad():
             self._state.refresh()
+
+    def replica_digests(self) -> dict[str, int]:
+        """Digest weights, buffers and what of the optimizer's state has copies. See TrainEngine."""
+        copied = self._state.slices() if self._stage == 0 or (self._tensor and self._stage < 3) else ()
+        slices = (piece for piece in copied if self._stage == 0 or piece.cut is None)
+        return replica_digests([*self._network.named_parameters(), *persistent_buffers(self._network)], slices)
 
     def close(self) -> None:
         """Free the engine's hooks, buffers and files."""

@@ -6,20 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.checkpoint.agreement import Ranks
 from trainer.config.batch_schedule import batch_size
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
 from trainer.core import faults
-from trainer.core.errors import DoNotRestartError
 from trainer.data.loader import TrainLoader
-from trainer.engine.base import StepPreview, StepResult, TrainEngine
+from trainer.engine.base import Requests, TrainEngine
 from trainer.evaluation.validation import Validation
 from trainer.optim.schedules import multiplier
-from trainer.resilience.guard import is_sound, must_stop
 from trainer.telemetry.sinks.base import Fanout
 from trainer.telemetry.throughput import StepClock
 from trainer.training.evaluating import early_end, evaluate_if_due, is_due
+from trainer.training.guarding import Guard, follow_verdict
 from trainer.training.records import step_record
+from trainer.training.replica_check import ReplicaCheck
 from trainer.training.saving import Saver
 from trainer.training.state import TrainState
 
@@ -38,6 +39,11 @@ class Parts:
     state: TrainState
     sinks: Fanout
     saver: Saver
+    guard: Guard
+    replicas: ReplicaCheck
+    ranks: Ranks
+    open_sinks: Callable[[int], Fanout]
+    """Open logs and curves, cut back to a step."""
     stop_requested: Callable[[], bool]
     """Whether this rank was asked to stop."""
     utilization: Callable[[float], float | None]
@@ -60,13 +66,15 @@ def train(parts: Parts) -> Outcome:
             batches = parts.loader.next_step()
         learning_rate = recipe.optimizer.learning_rate * multiplier(recipe.schedule, state.step + 1, total)
         with clock.phase("forward_backward"):
-            stop = parts.stop_requested() or parts.saver.must_stop
-            result = parts.engine.train_batch(batches, accept, learning_rate, stop)
+            requests = Requests(stop=parts.stop_requested() or parts.saver.must_stop)
+            result = parts.engine.train_batch(batches, parts.guard.accept, learning_rate, requests)
         samples = batch_size(recipe.batch, state.step + 1)
         state.advance(samples, samples * recipe.data.sequence_length, result)
         parts.sinks.step(step_record(parts, result, clock.finish_step(), learning_rate))
         parts.saver.tell()
-        refuse_endless_skipping(parts, result)
+        if follow_verdict(parts, result):
+            continue
+        parts.replicas.if_due()
         stopping, best = result.stop_requests > 0, False
         if not stopping or state.step == total:
             best = evaluate_if_due(parts)
@@ -77,19 +85,3 @@ def train(parts: Parts) -> Outcome:
             return "stopped"
     parts.saver.save(final=True)
     return "finished"
-
-
-def accept(preview: StepPreview) -> bool:
-    """Veto a step whose loss or gradient norm is NaN or Inf, before it changes anything."""
-    return is_sound(preview.loss, preview.grad_norm)
-
-
-def refuse_endless_skipping(parts: Parts, result: StepResult) -> None:
-    """Raise DoNotRestartError after too many vetoed steps in a row."""
-    if not result.applied:
-        parts.sinks.message(f"step {parts.state.step} skipped: loss {result.loss}, gradient norm {result.grad_norm}")
-    if must_stop(parts.state.consecutive_skips, parts.recipe.resilience.max_skipped_steps):
-        raise DoNotRestartError(
-            f"{parts.state.consecutive_skips} steps in a row had a NaN or Inf loss or gradient"
-            " (resilience.max_skipped_steps); lower the learning rate or look at the data of these steps"
-        )
