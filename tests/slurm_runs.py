@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
 from forked_runs import Trainer, exact_lines
 
 WORLD = 4
@@ -38,15 +39,15 @@ class SlurmRun:
     """A run directory and the jobs that train in it."""
 
     def __init__(self, cluster: Any, data: Path, directory: Path, recipe: dict[str, Any]) -> None:
-        """Write the recipe; ``data`` is that of `undisturbed`, ``directory`` another one."""
-        self.cluster, self.name = cluster, directory.name
-        self.data, self.directory = data, directory
-        shown = Trainer.recipe(self, directory.name, **recipe)  # pyright: ignore[reportArgumentType]
-        text = shown.read_text().replace(str(data / directory.name), str(directory))
+        """Write the recipe: that of `undisturbed`, which left its data in ``data``, for another ``directory``."""
+        self.cluster, self.directory = cluster, directory
+        content = yaml.safe_load((data / "reference.yaml").read_text())
+        for section, values in recipe.items():
+            content[section] |= values
+        content["run"]["directory"] = str(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
-        self.recipe = directory.parent / f"{directory.name}.yaml"
-        self.recipe.write_text(text)
-        shown.unlink()
+        self.recipe = directory.parent / "recipe.yaml"
+        self.recipe.write_text(yaml.safe_dump(content))
 
     def submit(self, faults: str = "", *overrides: str, **environment: str) -> str:
         """Submit the run and return the job's id; ``faults`` are met by every attempt."""
@@ -74,8 +75,7 @@ class SlurmRun:
 
     def exact_lines(self) -> list[dict[str, Any]]:
         """Return what must be the same as in the undisturbed run, to the last bit."""
-        self_as_trainer: Any = type("Directory", (), {"directory": self.directory.parent})
-        return exact_lines(self_as_trainer, self.name)
+        return exact_lines(self.directory)
 
     @property
     def last_step(self) -> int:
