@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from forked_runs import Trainer, exact_lines
+from forked_runs import Trainer, exact_lines_of
 
 WORLD = 4
 """2 nodes with 2 ranks each."""
@@ -32,7 +32,7 @@ def undisturbed(directory: Path, steps: int) -> list[dict[str, Any]]:
     with Trainer(directory) as trainer:
         recipe = trainer.recipe("reference", **sections(steps))
         trainer.check(trainer.train(recipe, world=WORLD), recipe)
-        return exact_lines(trainer, "reference")
+        return exact_lines_of(directory / "reference")
 
 
 class SlurmRun:
@@ -75,7 +75,7 @@ class SlurmRun:
 
     def exact_lines(self) -> list[dict[str, Any]]:
         """Return what must be the same as in the undisturbed run, to the last bit."""
-        return exact_lines(self.directory)
+        return exact_lines_of(self.directory)
 
     @property
     def last_step(self) -> int:

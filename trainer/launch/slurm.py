@@ -45,6 +45,12 @@ class LaunchPlan:
     exclude: str | None = None
     signal_seconds: int = 120
     """Seconds before the time limit at which SLURM sends USR1 to the ranks."""
+    reservation: str | None = None
+    licenses: str | None = None
+    mail_type: str | None = None
+    mail_user: str | None = None
+    sbatch_options: Mapping[str, str | int | bool] = field(default_factory=dict[str, str | int | bool])
+    modules: tuple[str, ...] = ()
     end_seconds: int = 120
     """That the ranks may take to end after one has failed."""
     max_restarts: int = 100
@@ -53,12 +59,6 @@ class LaunchPlan:
     """Nodes that are left out at most because the run failed on them."""
     controller_seconds: int = 600
     """How long the job tries to reach a controller that does not answer."""
-    reservation: str | None = None
-    licenses: str | None = None
-    mail_type: str | None = None
-    mail_user: str | None = None
-    sbatch_options: Mapping[str, str | int | bool] = field(default_factory=dict[str, str | int | bool])
-    modules: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()
     """Shell lines of the recipe, written as they are."""
     environment: Mapping[str, str | int] = field(default_factory=dict[str, str | int])
@@ -131,10 +131,10 @@ def render(plan: LaunchPlan) -> str:
         "SETUP": "\n".join(plan.setup),
         "START": _start(plan),
         "PYTHON": shlex.quote(plan.python),
+        "RUN_DIRECTORY": '"$run"',
+        "FIND_RUN_DIRECTORY": f"run={_run_directory(plan)}",
         "END_SECONDS": str(plan.end_seconds),
         "LIMITS": " ".join(_limits(plan)),
-        "RUN_DIRECTORY": '"$run_directory"',
-        "FIND_RUN_DIRECTORY": f"run_directory={_run_directory(plan)}",
     }
     template = (resource_directory("slurm") / "train.sbatch").read_text(encoding="utf-8")
     # One pass, so that a value that looks like a placeholder stays what it is.
