@@ -122,5 +122,19 @@ def note_silent_end(directory: Path, code: int, started_unix: float) -> None:
     # A start that is refused writes nothing: then the status is that of the run before.
     silent = running and ours if code == EXIT_REFUSED else running or not ours
     if code not in (EXIT_OK, EXIT_REQUEUE) and silent and directory.is_dir():
-        reason = f"the ranks ended with exit code {code} without a word; see {directory}/logs"
+        reason = _cause(directory, started_unix) or (
+            f"the ranks ended with exit code {code} without a word; see {directory}/logs"
+        )
         write_status(directory, {**fields, "state": "failed", "exit_code": code, "reason": reason})
+
+
+def _cause(directory: Path, started_unix: float) -> str | None:
+    """Return what ended the launch that has just ended, as its supervisors saw it; None where they saw nothing."""
+    from trainer.core.failure_file import read_failure
+    from trainer.launch.failure import newest_launch, summarise_launch
+
+    launch = newest_launch(directory, started_unix)
+    if launch is None:
+        return None
+    failure = read_failure(directory, launch) or summarise_launch(directory, launch)
+    return str(failure["cause"]) if failure is not None else None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.environ import RankEnvironment
-from trainer.core.failure_file import read_failure, reports_directory, write_failure
+from trainer.core.failure_file import reports_directory, write_failure
 from trainer.core.hostlist import expand_hostlist, expand_tasks_per_node
 from trainer.core.private import file_mode
 from trainer.core.status_file import read_status, write_status
@@ -113,8 +113,3 @@ def note_in_status(run_directory: Path, exit_code: int, reason: str, *, began: b
         code = exit_code if silent else fields.get("exit_code", exit_code)
         write_status(run_directory, {**fields, "state": "failed", "exit_code": code, "reason": reason})
 
-
-def cause_of(run_directory: Path, launch: str | None) -> str | None:
-    """Return the sentence that failure.json has for a launch, None where there is none."""
-    failure = read_failure(run_directory, launch) if launch is not None else None
-    return str(failure["cause"]) if failure is not None and "cause" in failure else None
