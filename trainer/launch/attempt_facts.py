@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,15 +68,6 @@ def _variables(run_directory: Path, attempt: object) -> dict[str, Any]:
 def newest_step(run_directory: Path) -> int:
     """Return the step of the newest committed checkpoint, 0 where there is none."""
     return max((step for step, _ in step_directories(run_directory)), default=0)
-
-
-def finished_unix(run_directory: Path) -> float | None:
-    """Return when the run wrote RUN/DONE, None if it has not."""
-    with contextlib.suppress(OSError):
-        path = run_directory / "DONE"
-        if path.is_file() and not path.is_symlink():
-            return path.stat().st_mtime
-    return None
 
 
 def say_failed(run_directory: Path, exit_code: int, reason: str) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from trainer.core.errors import EXIT_DO_NOT_RESTART, EXIT_OK, EXIT_REQUEUE
+from trainer.core.done_file import read_done
+from trainer.core.errors import EXIT_DO_NOT_RESTART, EXIT_OK
 from trainer.core.hostlist import expand_hostlist
 from trainer.launch import excluded_nodes, restart_record
-from trainer.launch.attempt_facts import JobPlace, finished_unix, newest_step, own_status, say_failed
+from trainer.launch.attempt_facts import JobPlace, newest_step, own_status, say_failed
 from trainer.launch.controller import Patience
 from trainer.launch.decision import Decision, Facts, decide
 from trainer.launch.failures import failure_of
@@ -105,8 +106,8 @@ class JobEnd:
         ended, status_code = said.get("state") in ("finished", "stopped", "failed"), said.get("exit_code")
         step = newest_step(self.run_directory)
         key = (self.place.job, self.place.restart)
-        done = finished_unix(self.run_directory)
-        own_done = done is not None and code in (EXIT_OK, EXIT_REQUEUE) and status is None
+        done = read_done(self.run_directory)
+        own_done = done is not None and done.attempt == said.get("attempt")
         reason = said.get("reason") if said.get("state") == "failed" else None
         cause = failure.get("cause") or reason
         wants = said.get("requeue")

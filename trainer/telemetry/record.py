@@ -129,11 +129,11 @@ class StepRecord:
     corrupt_samples: int
     batch_hash: str
     time_unix: float
+    spikes: int = 0
+    rewinds: int = 0
     slowest_rank_seconds: float | None = None
     median_rank_seconds: float | None = None
     slowest_rank: int | None = None
-    spikes: int = 0
-    rewinds: int = 0
     sources: tuple[SourceRecord, ...] = ()
     """One a source of ``data.train``; empty where there is only one."""
 
