@@ -25,7 +25,7 @@ STEP = "srun --nodes=4 --ntasks={} --ntasks-per-node={} --kill-on-bad-exit=1 --w
         ({"mpi": "pmi2"}, STEP.format(32, 8, 12) + " --mpi=pmi2"),
         ({"starter": "torchrun"}, STEP.format(4, 1, 96) + " /usr/bin/python3 -m trainer.launch.torchrun 8 --"),
         ({"starter": "mpirun"},
-         "mpirun --bind-to none --map-by ppr:8:node -n 32 --mca odls_base_sigkill_timeout 60"),
+         "mpirun --bind-to none --map-by ppr:8:node -n 32 --mca odls_base_sigkill_timeout 5"),
         ({"starter": "mpiexec"}, "mpiexec -n 32 -ppn 8"),
     ],
 )  # fmt: skip

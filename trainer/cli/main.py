@@ -11,11 +11,13 @@ from trainer.cli import (
     cancel,
     check,
     checkpoint,
+    control,
     data,
     data_shards,
     data_which,
     evaluate,
     export,
+    fetch,
     generate,
     quickstart,
     report,
@@ -57,10 +59,12 @@ data.app.command("split")(data_shards.split)
 data.app.command("convert")(data_shards.convert)
 data.app.command("which")(data_which.which)
 app.add_typer(data.app, name="data")
+app.command("fetch")(fetch.fetch)
 app.command("submit")(submit.submit)
 app.command("status")(status.status)
 app.command("report")(report.report)
 app.command("cancel")(cancel.cancel)
+app.command("control")(control.control)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("export")(export.export)
 app.command("generate")(generate.generate)

@@ -78,11 +78,15 @@ def submit(
 
 
 def _plan(recipe: Path, settings: list[str], site: Profile | None, tasks: int | None) -> tuple[Recipe, LaunchPlan]:
+    from trainer.core.errors import RecipeError
+    from trainer.launch.hub_files import not_cached
     from trainer.launch.slurm import plan
     from trainer.preflight.check import prepare
 
     # launch.launcher=slurm: at the size that SLURM is asked for
     checked = prepare(recipe, settings, None, site.under if site else None).recipe
+    if not checked.launch.slurm.online and (problems := not_cached(checked)):
+        raise RecipeError(problems, title=f"{recipe} refused")
     shared = settings + (site.for_ranks(checked.launch.slurm) if site else [])
     return checked, plan(
         checked,

@@ -55,6 +55,15 @@ class SlurmConfig(Section):
     """More options of sbatch, from a list of allowed ones; ``true`` for an option without a value."""
     modules: tuple[str, ...] = ()
     """Environment modules to load, in this order."""
+    end_seconds: int = Field(default=120, ge=1)
+    """That the ranks may take to end after one has failed, before what starts them is killed: srun waits for those on
+    a node that it can't reach."""
+    max_restarts: int = Field(default=100, ge=0)
+    """Failures after which a job starts again by itself; stops to checkpoint and restarts by SLURM don't count."""
+    max_excluded_nodes: int = Field(default=2, ge=0)
+    """Nodes that are left out at most because a run failed on them."""
+    controller_seconds: int = Field(default=600, ge=0)
+    """How long a job tries to reach a controller that does not answer."""
     setup: tuple[str, ...] = ()
     """Shell lines run before the ranks start (source venv/bin/activate), written as they are."""
     starter: Literal["srun", "torchrun", "mpirun", "mpiexec"] = "srun"

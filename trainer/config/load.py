@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from trainer.config.lock import apply_lock
 from trainer.config.run import Recipe
 from trainer.config.schema import build_recipe, json_schema, recipe_problems
 from trainer.config.yaml_text import YamlTextError, dump_yaml, parse_yaml
@@ -20,7 +21,14 @@ __all__ = ["json_schema", "load_recipe", "read_mapping", "recipe_problems", "rec
 
 MAXIMUM_BYTES = 1_000_000
 PATH_LISTS = ("data.train", "data.validation")
-PATHS = ("run.directory", "model.path", "tokenizer.path", "deepspeed.base", *(f"{key}.path" for key in PATH_LISTS))
+PATHS = (
+    "run.directory",
+    "model.path",
+    "tokenizer.path",
+    "deepspeed.base",
+    "launch.hostfile",
+    *(f"{key}.path" for key in PATH_LISTS),
+)
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -37,11 +45,16 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def read_mapping(
-    path: str | Path, overrides: Iterable[str] = (), under: Mapping[str, Any] | None = None
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    under: Mapping[str, Any] | None = None,
+    *,
+    locked: bool = True,
 ) -> tuple[dict[str, Any] | None, list[Problem]]:
     """Return the merged, unchecked mapping (None if a file can't be read) and the problems met on the way.
 
-    ``under`` are values that the recipe is laid over: those of a site profile.
+    ``under`` are values that the recipe is laid over: those of a site profile. With ``locked``, Hugging Face ids are
+    at the commits of the lock beside the recipe, where there is one.
     """
     recipe, problems = _read_file(Path(path), "recipe")
     if recipe is None:
@@ -58,7 +71,10 @@ def read_mapping(
         problem = _apply_override(recipe, override)
         if problem is not None:
             problems.append(problem)
-    return _home_expanded(recipe, ""), problems
+    mapping = _home_expanded(recipe, "")
+    if locked:
+        problems += apply_lock(mapping, Path(path))
+    return mapping, problems
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

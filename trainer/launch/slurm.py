@@ -6,7 +6,7 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,15 +26,17 @@ _LOADING_SECONDS = 150
 """For Python and torch to be loaded, from a network file system perhaps, and for srun to start and end the ranks."""
 _NODE_CHECK = """
 # Are these nodes fit for the run? 1: a node is at fault, RUN/failure.json names it; 2: the recipe or environment is.
-# srun waits for ever for a node that it can't reach, hence timeout.
+# srun waits for ever for a node that it can't reach, hence timeout. USR1 ends the check: nothing is to be saved yet.
 {start} &
-checking=$!
-while kill -0 "$checking" 2>/dev/null; do wait "$checking" || true; done
+step=$!
+while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
 code=0
-wait "$checking" || code=$?
+wait "$step" || code=$?
+step=
 if [ "$code" -ne 0 ]; then
-  {python} -m trainer.launch.requeue "$run_directory" --since "$started" || true
-  exit "$code"
+  decided=0
+  requeue end "$run" --code "$code" {limits} || decided=$?
+  exit "$decided"
 fi
 """
 
@@ -67,6 +69,14 @@ class LaunchPlan:
     mail_user: str | None = None
     sbatch_options: Mapping[str, str | int | bool] = field(default_factory=dict[str, str | int | bool])
     modules: tuple[str, ...] = ()
+    end_seconds: int = 120
+    """That the ranks may take to end after one has failed."""
+    max_restarts: int = 100
+    """Failures after which the job starts again by itself."""
+    max_excluded_nodes: int = 2
+    """Nodes that are left out at most because the run failed on them."""
+    controller_seconds: int = 600
+    """How long the job tries to reach a controller that does not answer."""
     setup: tuple[str, ...] = ()
     """Shell lines of the recipe, written as they are."""
     environment: Mapping[str, str | int] = field(default_factory=dict[str, str | int])
@@ -150,8 +160,10 @@ def render(plan: LaunchPlan) -> str:
         "PREFLIGHT": _node_check(plan),
         "START": _start(plan),
         "PYTHON": shlex.quote(plan.python),
-        "RUN_DIRECTORY": '"$run_directory"',
-        "FIND_RUN_DIRECTORY": f"run_directory={_run_directory(plan)}",
+        "RUN_DIRECTORY": '"$run"',
+        "FIND_RUN_DIRECTORY": f"run={_run_directory(plan)}",
+        "END_SECONDS": str(plan.end_seconds),
+        "LIMITS": " ".join(_limits(plan)),
     }
     template = (resource_directory("slurm") / "train.sbatch").read_text(encoding="utf-8")
     # One pass, so that a value that looks like a placeholder stays what it is.
@@ -178,7 +190,8 @@ def _start(plan: LaunchPlan) -> str:
     def contained(command: tuple[str, ...]) -> tuple[str, ...]:
         return in_container(command, plan.container, directories, has_gpus=plan.gpus_per_node > 0)
 
-    return start_line(plan, srun_container_options(plan.container, directories, plan.environment), contained)
+    inside = plan if plan.container is None else replace(plan, python=plan.container.python)
+    return start_line(inside, srun_container_options(plan.container, directories, plan.environment), contained)
 
 
 def _node_check(plan: LaunchPlan) -> str:
@@ -187,7 +200,7 @@ def _node_check(plan: LaunchPlan) -> str:
     # By srun, whatever starts the ranks: the command line of the check needs no MPI, and no agent.
     start = _start(dataclasses.replace(plan, starter="srun", mpi="none", command=plan.node_check))
     limit = f"timeout --kill-after=10 {plan.node_check_seconds}"
-    return _NODE_CHECK.format(start=start.replace("srun ", f"{limit} srun ", 1), python=shlex.quote(plan.python))
+    return _NODE_CHECK.format(start=start.replace("srun ", f"{limit} srun ", 1), limits=" ".join(_limits(plan)))
 
 
 def _directives(plan: LaunchPlan) -> list[str]:
@@ -236,6 +249,12 @@ def _quoted(path: str) -> str:
     return f'"{path}"' if " " in path else path
 
 
+def _limits(plan: LaunchPlan) -> list[str]:
+    """Return the options by which the script's last line is told when to give up."""
+    names = ("max_restarts", "max_excluded_nodes", "controller_seconds")
+    return [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(plan, name)))]
+
+
 def _problems(plan: LaunchPlan) -> list[Problem]:
     problems: list[Problem] = []
     if _NAME.fullmatch(plan.job_name) is None:
@@ -247,6 +266,10 @@ def _problems(plan: LaunchPlan) -> list[Problem]:
         ("launch.slurm.gpus_per_node", plan.gpus_per_node, 0),
         ("launch.slurm.cpus_per_task", plan.cpus_per_task, 1),
         ("launch.slurm.signal_seconds", plan.signal_seconds, 1),
+        ("launch.slurm.end_seconds", plan.end_seconds, 1),
+        ("launch.slurm.max_restarts", plan.max_restarts, 0),
+        ("launch.slurm.max_excluded_nodes", plan.max_excluded_nodes, 0),
+        ("launch.slurm.controller_seconds", plan.controller_seconds, 0),
     ):
         if number is not None and (type(number) is not int or number < least):
             problems.append(Problem(key, number, f"must be an integer of at least {least}"))

@@ -9,8 +9,9 @@ from typing import Literal, Protocol
 Starter = Literal["srun", "torchrun", "mpirun", "mpiexec"]
 
 _OFFLINE = ("HF_HUB_OFFLINE=1", "TRANSFORMERS_OFFLINE=1")
-_OPEN_MPI_KILL_SECONDS = 60
-"""When one rank ends with another code than 0 (75: saved), Open MPI kills the others after 1 s by default."""
+_OPEN_MPI_KILL_SECONDS = 5
+"""When a rank ends with another code than 0 (75: saved), Open MPI waits this long, never less, and kills the others.
+Its default of 1 s may cut off rank 0's last words."""
 
 
 class StartPlan(Protocol):
