@@ -38,7 +38,7 @@ class MissingRanks(Exception):
 
 
 class Board:
-    """One rank's connection. Raises OSError or RuntimeError where rank 0 can't be reached in ``arrival_seconds``."""
+    """One rank's connection. Raises OSError or RuntimeError where rank 0 can't be reached."""
 
     def __init__(self, place: RankEnvironment, arrival_seconds: float, total_seconds: float) -> None:
         self._place = place
@@ -47,7 +47,8 @@ class Board:
         self._number = 0
         serves = place.rank == 0 and not uses_agent_store(os.environ)
         if not serves:
-            _knock(place.master_address, place.master_port, arrival_seconds)
+            # Longer than rank 0 waits: it must say who is missing before a launcher ends it because of us.
+            _knock(place.master_address, place.master_port, total_seconds)
         self._store = self._connect(serves)
 
     def _connect(self, serves: bool = False) -> TCPStore:

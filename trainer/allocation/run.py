@@ -26,6 +26,7 @@ from trainer.config.run import Recipe
 from trainer.core.environ import RankEnvironment, host_of_rank
 from trainer.core.errors import EXIT_FAILURE, TrainerError
 from trainer.core.failure_file import launch_name, write_failure
+from trainer.core.private import make_run_directory
 
 _CONNECT_SECONDS = 5.0
 _BUILD_SECONDS = 1200.0
@@ -138,6 +139,8 @@ class _Rank:
         recipe = self.candidate.recipe
         if code == EXIT_FAILURE and recipe is not None:
             launch = launch_name(self.place, self.environment)
+            with contextlib.suppress(OSError):  # it has been said
+                make_run_directory(Path(recipe.run.directory), recipe.run.group_access)
             write_failure(Path(recipe.run.directory), failure_fields(checks, launch, self.host, time.time()))
         return code
 
