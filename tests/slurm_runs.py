@@ -98,8 +98,9 @@ class SlurmRun:
         return json.loads((self.directory / name).read_text())
 
     def attempts(self) -> list[dict[str, Any]]:
-        """Return restarts.json."""
-        return self.json("slurm/restarts.json")["attempts"]
+        """Return restarts.json; empty before the first start."""
+        path = self.directory / "slurm" / "restarts.json"
+        return json.loads(path.read_text())["attempts"] if path.exists() else []
 
     def attempt(self, job: str, restart: int) -> dict[str, Any]:
         """Return what restarts.json says of a start."""

@@ -24,16 +24,37 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict
     return directory, undisturbed(directory, STEPS)
 
 
-@pytest.fixture(scope="module")
-def limited(slurm_cluster, reference, tmp_path_factory) -> tuple[SlurmRun, str]:
-    """A job with a limit of one minute, on its way. It waits for a signal in steps 4 and 8, at most 100 s."""
+def test_time_limit(slurm_cluster, reference, tmp_path):
+    """Saved before the limit, requeued by itself, twice or more; nothing of it can be seen in the results."""
     # SLURM looks every 30 s, so the signal comes up to half a minute early, soon after the start.
     recipe = sections(LIMITED_STEPS, "1", signal_seconds=1)
-    run = SlurmRun(slurm_cluster, reference[0], tmp_path_factory.mktemp("limited") / "run 50%", recipe)
-    return run, run.submit("train.step:*:4:pause100,train.step:*:8:pause100")
+    run = SlurmRun(slurm_cluster, reference[0], tmp_path / "run 50%", recipe)
+    # Waits for the signal in two of the steps, so that it can't be done sooner.
+    job = run.submit("train.step:*:4:pause100,train.step:*:8:pause100")
+    assert slurm_cluster.wait(job, timeout=600) == "COMPLETED", run.log()
+    restarts = int(slurm_cluster.fields(job)["Restarts"])
+    assert restarts >= 2
+    assert run.exact_lines() == reference[1][:LIMITED_STEPS]
+    attempts = run.attempts()
+    assert [attempt["decision"] for attempt in attempts] == ["requeue"] * restarts + ["done"]
+    assert [attempt["attempt"] for attempt in attempts] == list(range(1, restarts + 2))
+
+    ends = [0, *(attempt["step"] for attempt in attempts)]
+    files = sorted((run.directory / "tensorboard").rglob("events*"))
+    steps = [[point.step for point in EventAccumulator(str(file)).Reload().Scalars("train/loss")] for file in files]
+    assert sorted(steps) == [list(range(a + 1, b + 1)) for a, b in pairwise(ends)], "no overlap"
+
+    log = run.log()
+    assert [log.count(f"===== job {job}, restart {number}, nodes node") for number in range(restarts + 1)] == [1] * (
+        restarts + 1
+    )
+    assert log.count(f"job {job} requeued: saved at step") == restarts
+    for rank in range(4):
+        text = (run.directory / "logs" / f"rank-{rank:05d}.log").read_text()
+        assert text.count("rank") > restarts  # appended
 
 
-def test_signals_requeue_and_cancel(slurm_cluster, reference, limited, tmp_path):
+def test_signals_requeue_and_cancel(slurm_cluster, reference, tmp_path):
     """One run meets in turn what SLURM and people may do, loses nothing, and ends as if nothing had happened."""
     run = SlurmRun(slurm_cluster, reference[0], tmp_path / "elsewhere" / "run", sections(STEPS))
     # Each step takes a while, each save long enough to be met by a second signal.
@@ -73,29 +94,3 @@ def test_signals_requeue_and_cancel(slurm_cluster, reference, limited, tmp_path)
     assert [log.count(f"===== job {job}, restart {number}, ") for number in range(6)] == [1] * 5 + [0]
     again = run.submit_again()
     assert slurm_cluster.wait(again) == "COMPLETED"
-
-
-def test_time_limit(slurm_cluster, reference, limited):
-    """Saved before the limit, requeued by itself, twice or more; nothing of it can be seen in the results."""
-    run, job = limited
-    assert slurm_cluster.wait(job, timeout=600) == "COMPLETED", run.log()
-    restarts = int(slurm_cluster.fields(job)["Restarts"])
-    assert restarts >= 2
-    assert run.exact_lines() == reference[1][:LIMITED_STEPS]
-    attempts = run.attempts()
-    assert [attempt["decision"] for attempt in attempts] == ["requeue"] * restarts + ["done"]
-    assert [attempt["attempt"] for attempt in attempts] == list(range(1, restarts + 2))
-
-    ends = [0, *(attempt["step"] for attempt in attempts)]
-    files = sorted((run.directory / "tensorboard").rglob("events*"))
-    steps = [[point.step for point in EventAccumulator(str(file)).Reload().Scalars("train/loss")] for file in files]
-    assert sorted(steps) == [list(range(a + 1, b + 1)) for a, b in pairwise(ends)], "no overlap"
-
-    log = run.log()
-    assert [log.count(f"===== job {job}, restart {number}, nodes node") for number in range(restarts + 1)] == [1] * (
-        restarts + 1
-    )
-    assert log.count(f"job {job} requeued: saved at step") == restarts
-    for rank in range(4):
-        text = (run.directory / "logs" / f"rank-{rank:05d}.log").read_text()
-        assert text.count("rank") > restarts  # appended
