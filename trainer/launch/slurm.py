@@ -13,6 +13,7 @@ from typing import Literal
 from trainer.config.run import Recipe
 from trainer.config.slurm import ContainerConfig, has_control_characters, slurm_problems
 from trainer.core.errors import Problem, RefusedError
+from trainer.core.redact import redacted_text
 from trainer.core.resources import resource_directory
 from trainer.launch.container import in_container, srun_container_options
 from trainer.launch.site import environment_lines, gpu_lines, module_lines
@@ -288,6 +289,11 @@ def _problems(plan: LaunchPlan) -> list[Problem]:
     for text in (*plan.command, *plan.node_check, plan.python):
         if has_control_characters(text):
             problems.append(Problem("command", text, "must be one line without control characters"))
+        elif redacted_text(text) != text:
+            rule = "looks like a secret, and batch scripts are kept and shown"
+            problems.append(
+                Problem("command line", redacted_text(text), rule, "read it from a file, by launch.slurm.setup")
+            )
     if not plan.command:
         problems.append(Problem("command", None, "is empty"))
     return problems
