@@ -103,6 +103,16 @@ class Commit:
             faults.reach("checkpoint.in_prune", rank=0, step=step)
             shutil.rmtree(aside, ignore_errors=True)
 
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps: the run has gone back to ``step``. Raises OSError."""
+        self._may_commit()
+        replace_text(layout.pointer_path(self._run), self.directory(step).name + "\n")
+        for later, path in layout.step_directories(self._run):
+            if later > step:
+                aside = layout.temporary_directory(self._run, later, "deleted")
+                path.rename(aside)
+                shutil.rmtree(aside, ignore_errors=True)
+
     def discard(self, step: int) -> None:
         """Delete what was written of a checkpoint that failed."""
         shutil.rmtree(self.temporary(step), ignore_errors=True)

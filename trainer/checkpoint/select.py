@@ -54,6 +54,20 @@ def choose(
     return None
 
 
+def choose_before(run_directory: Path, step: int, ranks: Ranks, say: Callable[[str], None]) -> Path | None:
+    """Return the newest undamaged checkpoint of a step before ``step``, None if there is none. Collective."""
+    for name in reversed(ranks.from_first(_step_directories(run_directory))):
+        directory = Path(name)
+        number = layout.parse_step_name(directory.name)
+        if number is None or number >= step:
+            continue
+        problems = _damage(directory, ranks)
+        if not problems:
+            return directory
+        say(f"passing over damaged checkpoint {directory.name}: {problems}")
+    return None
+
+
 def choose_source(run_directory: Path, ranks: Ranks, say: Callable[[str], None]) -> Path:
     """Return the newest checkpoint of the run that ``model.path`` names, once all of it was read.
 

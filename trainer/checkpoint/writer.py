@@ -25,6 +25,7 @@ from trainer.checkpoint.shard_file import Entry, Image, padded, streamed, write_
 from trainer.checkpoint.space import free_memory_bytes
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.core import faults
+from trainer.core.errors import CheckpointError
 from trainer.core.units import format_bytes
 from trainer.engine.base import StateSlice
 
@@ -192,6 +193,15 @@ class CheckpointWriter:
         assert saved is not None
         saved.blocked_seconds += time.perf_counter() - started
         return saved
+
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints of steps after ``step``; none may be in flight. Collective.
+
+        Raises CheckpointError, on every rank alike, if they can't be deleted: a restart would go on from them.
+        """
+        error = self._ranks.from_first(_said(lambda: self._commit.drop_after(step)) if self._ranks.rank == 0 else None)
+        if error is not None:
+            raise CheckpointError(f"checkpoints after step {step} can't be deleted: {error}")
 
     def meet(self) -> None:
         """Return when every rank is here."""

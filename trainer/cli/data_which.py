@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from trainer.config.run import Recipe
     from trainer.data.ledger import Ledger, SampleEntry
+    from trainer.resilience.guard import Rewind
 
 _SHOWN_CHARACTERS = 200
 
@@ -73,20 +74,39 @@ def _samples(run: Path, recipe: Recipe, step: int) -> tuple[int, int]:
     What the run has logged counts first: its global batch may have changed at a restart.
     """
     from trainer.config.batch_schedule import batch_size, samples_through
+    from trainer.resilience.guard import samples_left_out
 
-    logged = _logged_samples(run / "metrics.jsonl")
+    rewinds = _rewinds(run)
+    left_out = samples_left_out(rewinds, step)
+    logged = _logged_samples(run / "metrics.jsonl", rewinds)
     before = max((known for known in logged if known < step), default=0)
     after = min((known for known in logged if known >= step), default=None)
     planned = {known: samples_through(recipe.batch, known) for known in (before, step - 1, after) if known is not None}
     if after is not None and logged[after] - logged[before] != planned[after] - planned[before]:
         # Not by this recipe. The sizes between two lines are known only where they are equal.
         size = (logged[after] - logged[before]) // (after - before)
-        return logged[before] + (step - 1 - before) * size, size
-    return logged[before] + planned[step - 1] - planned[before], batch_size(recipe.batch, step)
+        return left_out + logged[before] + (step - 1 - before) * size, size
+    return left_out + logged[before] + planned[step - 1] - planned[before], batch_size(recipe.batch, step)
 
 
-def _logged_samples(path: Path) -> dict[int, int]:
-    """Return the samples read by the end of each logged step, of the step before it, and of none."""
+def _rewinds(run: Path) -> list[Rewind]:
+    """Return the rewinds that led to the newest checkpoint: each is committed before the step that follows it."""
+    from trainer.checkpoint import layout
+    from trainer.resilience.guard import GuardHistory
+
+    newest = layout.newest(run)
+    manifest = layout.read_manifest(newest[1]) if newest else None
+    history = GuardHistory.from_json(manifest["state"].get("train", {}).get("guard", {})) if manifest else None
+    return history.rewinds if history else []
+
+
+def _logged_samples(path: Path, rewinds: list[Rewind]) -> dict[int, int]:
+    """Return the samples read by the end of each logged step, of the step before it, and of none.
+
+    Those that rewinds left out are not counted, so that steps follow each other without gaps.
+    """
+    from trainer.resilience.guard import samples_left_out
+
     ends = {0: 0}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -98,9 +118,10 @@ def _logged_samples(path: Path) -> dict[int, int]:
         except ValueError:  # a line torn by a kill
             continue
         if "samples" in value:
-            ends[value["step"]] = value["samples"]
+            end = value["samples"] - samples_left_out(rewinds, value["step"])
+            ends[value["step"]] = end
             if "global_batch_size" in value:
-                ends[value["step"] - 1] = value["samples"] - value["global_batch_size"]
+                ends[value["step"] - 1] = end - value["global_batch_size"]
     return ends
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
 import typer
 
 from trainer.cli import (
+    cancel,
     check,
     checkpoint,
     control,
@@ -16,14 +18,17 @@ from trainer.cli import (
     data_which,
     evaluate,
     export,
+    fetch,
     generate,
     quickstart,
+    report,
     status,
     submit,
     train,
     verify,
 )
 from trainer.core.errors import EXIT_FAILURE, TrainerError
+from trainer.resilience.signals import StopFlag, early_stop_flag
 
 app = typer.Typer(
     name="trainer",
@@ -56,8 +61,11 @@ data.app.command("split")(data_shards.split)
 data.app.command("convert")(data_shards.convert)
 data.app.command("which")(data_which.which)
 app.add_typer(data.app, name="data")
+app.command("fetch")(fetch.fetch)
 app.command("submit")(submit.submit)
 app.command("status")(status.status)
+app.command("report")(report.report)
+app.command("cancel")(cancel.cancel)
 app.command("control")(control.control)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("export")(export.export)
@@ -66,10 +74,13 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("quickstart")(quickstart.quickstart)
 
 
-def main() -> None:
-    """Run the command line; a TrainerError becomes its text on stderr and its exit code."""
+def main(stop: StopFlag | None = None) -> None:
+    """Run the command line; a TrainerError becomes its text on stderr and its exit code.
+
+    ``stop`` holds what signals a rank got so far.
+    """
     try:
-        app()
+        app(obj=stop or early_stop_flag(os.environ, sys.argv))
     except TrainerError as error:
         print(f"trainer: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

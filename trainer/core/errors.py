@@ -63,6 +63,10 @@ class DataError(RefusedError):
     """Token shards, tokenizer or corpus can't be used."""
 
 
+class RendezvousError(TrainerError):
+    """The ranks did not find each other at the start."""
+
+
 class CheckpointError(TrainerError):
     """A checkpoint can't be written, read or matched to this run."""
 
@@ -71,3 +75,14 @@ class DoNotRestartError(TrainerError):
     """A deterministic failure: the same start would fail the same way again."""
 
     exit_code = EXIT_DO_NOT_RESTART
+
+
+class CorruptionError(TrainerError):
+    """What ranks hold copies of differs: memory, a device or a connection of one of them is not to be trusted.
+
+    ``ranks`` and ``hosts`` are those that the others outvote; all that hold a copy where there is no majority.
+    """
+
+    def __init__(self, text: str, ranks: list[int], hosts: list[str]) -> None:
+        super().__init__(text)
+        self.ranks, self.hosts = ranks, hosts

@@ -127,6 +127,14 @@ class TrainLoader:
         self._consumed += batch_size(self._batch, self._steps_done)
         return batches
 
+    def seek(self, consumed_samples: int, steps_done: int) -> None:
+        """Go on at another position: what ``next_step`` reads is step ``steps_done`` + 1."""
+        if self._ahead:
+            self._ahead.close()
+        self._ahead = None
+        self._planned.clear()
+        self._consumed, self._steps_done = consumed_samples, steps_done
+
     def close(self) -> None:
         """Stop reading ahead and close the files."""
         if self._ahead:

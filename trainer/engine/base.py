@@ -1,4 +1,4 @@
-"""The seam between the loop and DeepSpeed: five methods, and nothing above them knows how ranks share the work."""
+"""The seam between the loop and DeepSpeed: six methods, and nothing above them knows how ranks share the work."""
 
 from __future__ import annotations
 
@@ -187,6 +187,10 @@ class TrainEngine(Protocol):
 
     def load_state(self, reader: StateReader, optimizer_steps: int | None) -> None:
         """Fill every slice from ``reader``; ``optimizer_steps`` None loads weights only."""
+        ...
+
+    def replica_digests(self) -> dict[str, int]:
+        """Return a digest of all that other ranks may hold copies of, by what it is; equal names, equal bits."""
         ...
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from trainer.engine.muon import Muon
 from trainer.engine.norm import gradient_norm
 from trainer.engine.optimizers import MasterState, initialise_state, set_learning_rate
 from trainer.engine.pipeline_module import MicroBatches
+from trainer.engine.replicas import replica_digests
 from trainer.engine.state import load_slices
 from trainer.engine.state_replicated import ReplicatedState, owns_on_tensor_rank, persistent_buffers, replicated_tensors
 from trainer.engine.state_zero12 import FlatPartitionState
@@ -196,6 +197,13 @@ class StagedEngine:
         load_slices(self.iterate_state(), reader, self._base, optimizer_steps)
         with torch.no_grad():
             self._state.refresh()
+
+    def replica_digests(self) -> dict[str, int]:
+        """Digest weights, buffers and what of the optimizer's state has copies. See TrainEngine."""
+        stage = self._engine.zero_optimization_stage()
+        copied = self._state.slices() if stage == 0 or self._topology.tensor > 1 else ()
+        slices = (piece for piece in copied if stage == 0 or piece.cut is None)
+        return replica_digests([*self._parameters, *persistent_buffers(self._network)], slices)
 
     def close(self) -> None:
         """Free the engine's hooks and buffers."""

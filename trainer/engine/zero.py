@@ -22,6 +22,7 @@ from trainer.engine.inputs import model_inputs
 from trainer.engine.muon import Muon
 from trainer.engine.norm import gradient_norm
 from trainer.engine.optimizers import MasterState, initialise_state, set_learning_rate
+from trainer.engine.replicas import replica_digests
 from trainer.engine.sequence import local_part
 from trainer.engine.state import load_slices
 from trainer.engine.state_replicated import (
@@ -164,6 +165,12 @@ class ZeroEngine:
         load_slices(self.iterate_state(), reader, self._base, optimizer_steps)
         with torch.no_grad():
             self._state.refresh()
+
+    def replica_digests(self) -> dict[str, int]:
+        """Digest weights, buffers and what of the optimizer's state has copies. See TrainEngine."""
+        copied = self._state.slices() if self._stage == 0 or (self._tensor and self._stage < 3) else ()
+        slices = (piece for piece in copied if self._stage == 0 or piece.cut is None)
+        return replica_digests([*self._network.named_parameters(), *persistent_buffers(self._network)], slices)
 
     def close(self) -> None:
         """Free the engine's hooks, buffers and files."""

@@ -47,6 +47,13 @@ def _multiple(facts: Facts) -> Iterator[Problem]:
         yield Problem("checkpoint.keep_every_steps", keep, rule, fix)
 
 
+def _rewind(facts: Facts) -> Iterator[Problem]:
+    guard = facts.recipe.resilience.guard
+    if "rewind" in (guard.on_nan, guard.on_spike) and facts.recipe.checkpoint.every_steps is None:
+        rule = "is null: resilience.guard would have no checkpoint to go back to"
+        yield Problem("checkpoint.every_steps", None, rule, "set it to a number of steps")
+
+
 def _hook(facts: Facts) -> Iterator[Problem]:
     command = facts.recipe.checkpoint.hook
     if command is not None and (not command or shutil.which(command[0]) is None):
@@ -198,6 +205,7 @@ RULES = (
     Rule("run directory is none of the files", _directory, Failing(prepare=_file)),
     Rule("run directory can be made", _directory, Failing(prepare=_below_file)),
     Rule("kept steps are saved", _multiple, Failing({"checkpoint.every_steps": 2, "checkpoint.keep_every_steps": 3})),
+    Rule("a rewind has checkpoints", _rewind, Failing({"resilience.guard.on_spike": "rewind"})),
     Rule("hook can be run", _hook, Failing({"checkpoint.hook": ["no-such-program"]})),
     Rule("resume finds a checkpoint", _resume, Failing({"checkpoint.resume": "require"})),
     Rule("a resume reads the same data into the same model", _identity, Failing(prepare=_another_run)),

@@ -11,7 +11,7 @@ from trainer.resilience.deadline import Deadline, Durations
 from trainer.resilience.job_end import Ask, JobEnd
 from trainer.resilience.requests import RequestSources
 from trainer.resilience.signals import StopFlag
-from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, StepRecord
+from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, GoodputRecord, StepRecord
 from trainer.training.run_directory import RunDirectory
 
 
@@ -32,6 +32,9 @@ class DurationsSink:
     def checkpoint(self, record: CheckpointRecord) -> None:
         """Note a committed save."""
         self._durations.note_save(record.seconds)
+
+    def goodput(self, record: GoodputRecord) -> None:
+        """Nothing: it is no duration."""
 
     def message(self, text: str) -> None:
         """Nothing: sentences are for people."""

@@ -6,21 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.checkpoint.agreement import Ranks
 from trainer.config.batch_schedule import batch_size
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
 from trainer.core import faults
-from trainer.core.errors import DoNotRestartError
 from trainer.data.loader import TrainLoader
-from trainer.engine.base import StepPreview, StepResult, TrainEngine
+from trainer.engine.base import TrainEngine
 from trainer.evaluation.validation import Validation
 from trainer.optim.schedules import multiplier
-from trainer.resilience.guard import is_sound, must_stop
 from trainer.resilience.requests import RequestSources
 from trainer.telemetry.sinks.base import Fanout
 from trainer.telemetry.throughput import StepClock
 from trainer.training.evaluating import early_end, evaluate_if_due, is_due
+from trainer.training.guarding import Guard, follow_verdict
 from trainer.training.records import step_record
+from trainer.training.replica_check import ReplicaCheck
 from trainer.training.saving import Saver
 from trainer.training.state import TrainState
 
@@ -39,6 +40,11 @@ class Parts:
     state: TrainState
     sinks: Fanout
     saver: Saver
+    guard: Guard
+    replicas: ReplicaCheck
+    ranks: Ranks
+    open_sinks: Callable[[int], Fanout]
+    """Open logs and curves, cut back to a step."""
     requests: RequestSources
     utilization: Callable[[float], float | None]
     """Tokens per second → model FLOPs utilization."""
@@ -63,13 +69,15 @@ def train(parts: Parts) -> Outcome:
         with clock.phase("forward_backward"):
             evaluation_due = is_due(state.step + 1, recipe.evaluation.every_steps)
             requests = parts.requests.ask(state.step + 1, evaluation_due=evaluation_due)
-            result = parts.engine.train_batch(batches, accept, learning_rate, requests)
+            result = parts.engine.train_batch(batches, parts.guard.accept, learning_rate, requests)
         samples = batch_size(recipe.batch, state.step + 1)
         state.advance(samples, samples * recipe.data.sequence_length, result)
         parts.sinks.step(step_record(parts, result, clock.finish_step(), learning_rate))
         parts.saver.tell()
-        refuse_endless_skipping(parts, result)
         stopping, best = parts.requests.heed(result), False
+        if follow_verdict(parts, result):
+            continue
+        parts.replicas.if_due()
         if not stopping or state.step == total:
             best = evaluate_if_due(parts)
         last = stopping or state.step == total or early_end(parts) is not None
@@ -80,19 +88,3 @@ def train(parts: Parts) -> Outcome:
             return "stopped"
     parts.saver.save(final=True)
     return "finished"
-
-
-def accept(preview: StepPreview) -> bool:
-    """Veto a step whose loss or gradient norm is NaN or Inf, before it changes anything."""
-    return is_sound(preview.loss, preview.grad_norm)
-
-
-def refuse_endless_skipping(parts: Parts, result: StepResult) -> None:
-    """Raise DoNotRestartError after too many vetoed steps in a row."""
-    if not result.applied:
-        parts.sinks.message(f"step {parts.state.step} skipped: loss {result.loss}, gradient norm {result.grad_norm}")
-    if must_stop(parts.state.consecutive_skips, parts.recipe.resilience.max_skipped_steps):
-        raise DoNotRestartError(
-            f"{parts.state.consecutive_skips} steps in a row had a NaN or Inf loss or gradient"
-            " (resilience.max_skipped_steps); lower the learning rate or look at the data of these steps"
-        )

@@ -39,6 +39,8 @@ def step_record(parts: Parts, result: StepResult, times: StepTimes, learning_rat
         memory_bytes=peak_memory_bytes(),
         corrupt_samples=state.corrupt_samples,
         batch_hash=hash_text(result.batch_digest),
+        spikes=state.guard.spikes,
+        rewinds=len(state.guard.rewound_at),
         time_unix=time.time(),
         sources=_source_records(parts, result),
     )

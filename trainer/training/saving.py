@@ -34,8 +34,13 @@ class Saver:
         sinks: Fanout,
         hook: Hook | None,
         saved_step: int,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        """``facts`` returns further fields of a manifest; ``hook`` is given on rank 0 alone."""
+        """``facts`` returns further fields of a manifest; ``hook`` is given on rank 0 alone.
+
+        ``check`` raises, on every rank alike, where the state is not worth saving.
+        """
+        self._check = check
         self._writer = writer
         self._engine = engine
         self._state = state
@@ -46,6 +51,9 @@ class Saver:
         self._saved_step = saved_step
         self._best_saved = state.best.step
         self._begun_as_best = False
+        # A rewind needs the newest checkpoint of before the bad steps.
+        self._good_step = saved_step if state.guard.bad_since is None else -1
+        self._begun_as_good = False
         self._told: Saved | None = None
 
     @property
@@ -76,6 +84,8 @@ class Saver:
         waited = self._settle()
         if self._saved_step == self._state.step:
             return
+        self._check()
+        self._begun_as_good = self._state.guard.bad_since is None
         self._begun_as_best = self._state.best.step == self._state.step
         saved = self._writer.save(
             self._state.step, self._engine.iterate_state(), self._facts(), wait=final, protected=self._protected()
@@ -93,6 +103,19 @@ class Saver:
             self._say(self._hook.wait() if wait else self._hook.leave())
         self._writer.meet()
 
+    def settle(self) -> None:
+        """Wait for the save in flight. Raises CheckpointError under ``on_error: stop``."""
+        self._settle()
+
+    def go_back(self) -> None:
+        """Follow a rewind: forget later checkpoints, and commit this step's again, with what the rewind left out.
+
+        A kill before that is durable starts from the old one, and meets the same samples again.
+        """
+        self._writer.drop_after(self._state.step)
+        self._saved_step, self._best_saved, self._good_step = -1, self._state.best.step, self._state.step
+        self.save(final=False)
+
     def rescue(self) -> None:
         """Let a save in flight end, if it does soon: this rank is failing. Not collective."""
         saved = self._writer.finish(_RESCUE_SECONDS)
@@ -101,7 +124,7 @@ class Saver:
 
     def _protected(self) -> set[int]:
         """Return the steps whose checkpoints must stay, whatever retention says."""
-        steps = self._hook.protected if self._hook else set[int]()
+        steps = (self._hook.protected if self._hook else set[int]()) | {self._good_step}
         # That of the best evaluation before stays until the new one's has been committed.
         return steps | {self._state.best.step, self._best_saved} if self._settings.keep_best else steps
 
@@ -119,6 +142,8 @@ class Saver:
         self._tell(saved)
         if saved.error is None:
             self._saved_step = saved.step
+            if self._begun_as_good:
+                self._good_step = saved.step
             if self._begun_as_best:
                 self._best_saved = saved.step
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 from trainer.core.errors import CheckpointError
 from trainer.engine.base import StepResult
 from trainer.evaluation.best import BestEvaluation
+from trainer.resilience.guard import GuardHistory
 
 VERSION = 1
 
@@ -32,6 +33,8 @@ class TrainState:
     """Newest step whose evaluation was recorded."""
     best: BestEvaluation = field(default_factory=BestEvaluation)
     """The best evaluation so far, and how long ago it was."""
+    guard: GuardHistory = field(default_factory=GuardHistory)
+    """What steps are compared with, and the samples that rewinds left out."""
 
     def advance(self, samples: int, tokens: int, result: StepResult) -> None:
         """Count one step of ``samples`` and ``tokens``, all ranks together."""
@@ -43,6 +46,11 @@ class TrainState:
         self.optimizer_steps += result.applied
         self.skipped_steps += not result.applied
         self.consecutive_skips = 0 if result.applied else self.consecutive_skips + 1
+
+    def go_back(self, earlier: TrainState) -> None:
+        """Become ``earlier``, the state of a checkpoint, for all who hold this one."""
+        for name in fields(self):
+            setattr(self, name.name, getattr(earlier, name.name))
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready fields."""
@@ -58,8 +66,11 @@ class TrainState:
         best = BestEvaluation.from_json(cast("dict[str, Any]", given)) if isinstance(given, dict) else None
         if best is None:
             raise CheckpointError(f"training state has no sound best evaluation: {given!r}")
-        names = [field.name for field in fields(cls) if field.name != "best"]
+        guard = GuardHistory.from_json(values.get("guard", {}))  # nor this
+        if guard is None:
+            raise CheckpointError("training state has no sound history of the guard")
+        names = [field.name for field in fields(cls) if field.name not in ("best", "guard")]
         missing = [name for name in names if not isinstance(values.get(name), int)]
         if missing:
             raise CheckpointError(f"training state lacks {', '.join(missing)}")
-        return cls(**{name: values[name] for name in names}, best=best)
+        return cls(**{name: values[name] for name in names}, best=best, guard=guard)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, StepRecord
+from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, GoodputRecord, StepRecord
 from trainer.training.run_directory import RunDirectory
 
 _SECONDS_BETWEEN_WRITES = 5.0
@@ -16,17 +16,18 @@ class StatusSink:
     def __init__(self, directory: RunDirectory, resume_step: int, total_steps: int) -> None:
         self._directory = directory
         self._written = time.monotonic()
+        self._events = (0, 0, 0)
         last = resume_step or None
-        directory.status(
-            state="running",
-            step=resume_step,
-            total_steps=total_steps,
-            last_checkpoint_step=last,
-            resumed_step=resume_step,
-        )
+        first = {} if directory.started else {"resumed_step": resume_step}  # a rewind is no other start
+        directory.status(state="running", step=resume_step, total_steps=total_steps, last_checkpoint_step=last, **first)
 
     def step(self, record: StepRecord) -> None:
-        """Note the step; written at most every few seconds."""
+        """Note the step; written at most every few seconds, but for what the guard did."""
+        events = record.skipped, record.spikes, record.rewinds
+        if events != self._events:
+            self._events = events
+            skipped, spikes, rewinds = events
+            self._directory.status(step=record.step, skipped_steps=skipped, spikes=spikes, rewinds=rewinds)
         if time.monotonic() - self._written >= _SECONDS_BETWEEN_WRITES:
             self._written = time.monotonic()
             self._directory.status(step=record.step, tokens_per_second=record.tokens_per_second, loss=record.loss)
@@ -43,6 +44,9 @@ class StatusSink:
             last_checkpoint_seconds=record.seconds,
             last_checkpoint_blocked_seconds=record.blocked_seconds,
         )
+
+    def goodput(self, record: GoodputRecord) -> None:
+        """Nothing: every write of status.json says it."""
 
     def message(self, text: str) -> None:
         """Nothing: sentences are for people."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, StepRecord
+from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, GoodputRecord, StepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,10 @@ class Sink(Protocol):
 
     def checkpoint(self, record: CheckpointRecord) -> None:
         """Take one committed checkpoint."""
+        ...
+
+    def goodput(self, record: GoodputRecord) -> None:
+        """Take where the run's time went so far."""
         ...
 
     def message(self, text: str) -> None:
@@ -54,10 +58,19 @@ class Fanout:
         """Hand one checkpoint to every sink."""
         self._each(lambda sink: sink.checkpoint(record))
 
+    def goodput(self, record: GoodputRecord) -> None:
+        """Hand the goodput to every sink."""
+        self._each(lambda sink: sink.goodput(record))
+
     def message(self, text: str) -> None:
         """Hand a sentence to every sink, and to the log."""
         logger.info("%s", text)
         self._each(lambda sink: sink.message(text))
+
+    def replace(self, other: Fanout) -> None:
+        """Hand records to the sinks of ``other`` from now on; those before have been closed."""
+        self._sinks = other._sinks
+        self._reported.clear()
 
     def close(self) -> None:
         """Close every sink."""
@@ -101,6 +114,10 @@ class Thinned:
     def checkpoint(self, record: CheckpointRecord) -> None:
         """Pass the checkpoint on."""
         self._sink.checkpoint(record)
+
+    def goodput(self, record: GoodputRecord) -> None:
+        """Pass the goodput on."""
+        self._sink.goodput(record)
 
     def message(self, text: str) -> None:
         """Pass the sentence on."""
