@@ -26,15 +26,11 @@ class Run:
 
     def start(self, step: int) -> None:
         before = dict(self.status)
-        self.control = Control(
-            self.directory,
-            100,
-            before,
-            lambda **changes: self.status.update(changes),
-            self.said.append,
-            lambda: self.now,
-        )
+        self.control = Control(self.directory, 100, before, self.change, self.said.append, lambda: self.now)
         self.control.begin(step)
+
+    def change(self, **changes: Any) -> None:
+        self.status |= changes
 
     def look(self, step: int, newest: Save | None = None) -> tuple[bool, int]:
         self.now += 1.0

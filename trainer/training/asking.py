@@ -34,7 +34,7 @@ class DurationsSink:
         self._durations.note_save(record.seconds)
 
     def goodput(self, record: GoodputRecord) -> None:
-        """Nothing: it is no duration."""
+        """Nothing: no duration."""
 
     def message(self, text: str) -> None:
         """Nothing: sentences are for people."""

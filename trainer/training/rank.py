@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
-from trainer.core import faults
+from trainer.core import faults, phases
 from trainer.core.done_file import read_done, remove_done, write_done
 from trainer.core.environ import RankEnvironment
 from trainer.core.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, RefusedError, TrainerError
@@ -36,10 +36,14 @@ def run_rank(
 
     ``stop`` has its handlers installed already; ``job_end`` asks the scheduler when a job ends.
     """
+    phases.mark("start", detail="opening the run directory")
     keep_private(recipe.run.group_access)  # a run directory holds paths, host names and data
     make_run_directory(Path(recipe.run.directory), recipe.run.group_access)
     directory: RunDirectory | None = None
-    with stop or StopFlag() as stop, open_rank_log(Path(recipe.run.directory), environment.rank) as log:
+    with (
+        stop or StopFlag() as stop,
+        open_rank_log(Path(recipe.run.directory), environment.rank, recipe.telemetry.log_cap_bytes) as log,
+    ):
 
         def say(text: str) -> None:
             print(text, file=log.console_stream, flush=True)
@@ -61,6 +65,7 @@ def _train(
     recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], environment: RankEnvironment,
     directory: RunDirectory | None, log: RankLog, stop: StopFlag, job_end: Ask | None,
 ) -> int:  # fmt: skip
+    phases.mark("start", detail="importing torch and DeepSpeed")
     # Imported here: the log must be open before torch and DeepSpeed give their loggers a stream.
     from trainer.engine.build import join_group, leave_group
     from trainer.telemetry.build import build_sinks
@@ -75,13 +80,14 @@ def _train(
 
     sinks, durations = Fanout([]), Durations()
 
-    def open_sinks(resume_step: int, restore_seconds: float) -> Fanout:
+    def open_sinks(resume_step: int, restore_seconds: float | None = None) -> Fanout:
         nonlocal sinks
         sinks.close()
         if directory is not None:
-            directory.clock.begin(
-                resume_step, restore_seconds, -(-environment.world_size // environment.local_world_size)
-            )
+            if restore_seconds is not None:  # else a rewind, which the clock sees by the numbers of the steps
+                nodes = -(-environment.world_size // environment.local_world_size)
+                directory.clock.begin(resume_step, restore_seconds, nodes)
+            phases.board.note_started()
             made = build_sinks(recipe, directory.path, resume_step, derived.total_steps, log.console_stream)
             goodput = GoodputSink(directory.clock, lambda record: sinks.goodput(record))
             status = StatusSink(directory, resume_step, derived.total_steps)
@@ -95,6 +101,8 @@ def _train(
         requests = request_sources(
             recipe, derived.total_steps, stop, directory, job_end, durations, lambda text: sinks.message(text)
         )
+        where = f"{environment.master_address}:{environment.master_port}"
+        phases.mark("start", detail=f"meeting the other ranks at {where}")
         join_group(environment, rendezvous_timeout_seconds=recipe.launch.rendezvous_timeout_seconds)
         if (bound := bind(recipe.launch.bind, environment)) is not None:
             print(bound, flush=True)  # into the log
@@ -111,7 +119,8 @@ def _train(
                 directory.status(best_validation_loss=parts.state.best.loss, best_step=parts.state.best.step)
         try:
             outcome = train(parts)
-        except BaseException:
+        except BaseException as error:
+            note_exception(error)
             parts.saver.rescue()
             raise
         early = early_end(parts)
@@ -120,10 +129,16 @@ def _train(
         sinks.message(_farewell(outcome, parts.state.step, derived, recipe, early))
         if directory is not None and outcome == "finished":
             directory.report(sinks.message)
+        # A hook has its own time limit, and the other ranks wait for it.
+        hook = recipe.checkpoint.hook_timeout_seconds if recipe.checkpoint.hook else 0.0
+        phases.board.mark("stop", allowed_seconds=hook + recipe.resilience.watchdog.slow_seconds)
         parts.saver.close(wait=outcome == "finished")
         sinks.close()
         parts.loader.close()
         parts.engine.close()
+    except BaseException as error:
+        note_exception(error)
+        raise
     finally:
         sinks.close()
         leave_group()
@@ -160,6 +175,7 @@ def _farewell(outcome: str, step: int, derived: Derived, recipe: Recipe, early: 
 
 def _report(error: BaseException, environment: RankEnvironment, directory: RunDirectory | None, log: RankLog) -> int:
     """Tell user, log and status.json what ended this rank; return its exit code."""
+    note_exception(error)
     traceback.print_exception(error)
     code = error.exit_code if isinstance(error, TrainerError) else EXIT_FAILURE
     text = str(error) if isinstance(error, TrainerError) else f"{type(error).__name__}: {error}"
@@ -175,10 +191,16 @@ def _report(error: BaseException, environment: RankEnvironment, directory: RunDi
     return code
 
 
+def note_exception(error: BaseException) -> None:
+    """Let the supervisor know what ends this rank, before anything else is done about it."""
+    text = "".join(traceback.format_exception(error))
+    phases.board.note_exception(error, text, told=isinstance(error, TrainerError))
+
+
 def _told_by_first_rank(log: RankLog, text: str) -> bool:
     """Return whether rank 0 failed with the same words: most refusals are raised by all ranks alike."""
     time.sleep(1.0)  # ranks fail within moments of each other
-    path = log.path.with_name(f"rank-{0:05d}.log")
+    path = log.first_path
     with contextlib.suppress(OSError), path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 64_000))
         return text.splitlines()[0] in file.read().decode(errors="replace")

@@ -49,9 +49,9 @@ class RunDirectory:
         self._lock = RunLock(self.path, say=say)
         delete_leftovers(self.path)
         self.attempt = 1 + max((int(p.name) for p in self.path.glob("attempts/[0-9]*") if p.name.isdigit()), default=0)
+        self.clock = AttemptClock(self.path, self.attempt, world_size)
         self.before: dict[str, Any] = read_status(self.path) or {}
         """status.json as the start before left it."""
-        self.clock = AttemptClock(self.path, self.attempt, world_size)
         self._status: dict[str, Any] = {"attempt": self.attempt, "restarts": self.attempt - 1}
         # What was asked for outlives a start.
         self._status |= {key: self.before[key] for key in ("control", "stop_step") if key in self.before}
