@@ -17,6 +17,7 @@ import tiny
 from test_slurm_cluster import make_plan, notes, output, submit
 
 pytestmark = pytest.mark.slurm
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
 STARTS = {
     "srun": [],
@@ -164,3 +165,22 @@ def test_host_that_can_not_be_reached_is_named(slurm_cluster, ssh, tmp_path):
     assert done.returncode == 1
     assert "trainer: host node9: ssh failed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_environment_is_staged_on_every_node(slurm_cluster, tmp_path):
+    """Unpacked once a node, used by all ranks, and gone afterwards."""
+    environment = tmp_path / "environment"
+    (environment / "bin").mkdir(parents=True)
+    python = environment / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nSTAGED=$0 exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    archive = tmp_path / "my environment.tar"
+    subprocess.run([ROOT / "launch" / "stage.sh", archive, environment], check=True)
+    code = "import os, sys; open(sys.argv[1] + os.environ['SLURM_PROCID'], 'w').write(os.environ['STAGED'])"
+    plan = make_plan(tmp_path, "stop", stage=str(archive), command=(sys.executable, "-c", code, f"{tmp_path}/saw-"))
+    job = submit(slurm_cluster, plan)
+    slurm_cluster.wait(job)
+    staged = {(tmp_path / f"saw-{rank}").read_text() for rank in range(4)}
+    assert len(staged) == 1, output(plan, job)
+    assert staged.pop().startswith("/tmp/trainer-")
+    assert not list(Path("/tmp").glob(f"trainer-*-{job}*"))

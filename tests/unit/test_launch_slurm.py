@@ -191,6 +191,16 @@ def test_secret_read_from_elsewhere_is_taken(line):
     assert line in render(dataclasses.replace(PLAN, setup=(line,)))
 
 
+def test_agent_in_a_container_is_the_images_own():
+    script = render(dataclasses.replace(VARIANTS["apptainer"], starter="torchrun"))
+    assert "/images/train.sif python3 -m trainer.launch.torchrun 8 -- " in script
+
+
+def test_pyxis_without_srun_is_refused():
+    with pytest.raises(RefusedError, match="is a plugin of srun"):
+        render(dataclasses.replace(VARIANTS["pyxis"], starter="mpirun"))
+
+
 @pytest.mark.parametrize(
     "name", ["RANK", "MASTER_ADDR", "SLURM_JOB_ID", "SBATCH_ACCOUNT", "BASH_ENV", "TRAINER_LAUNCHER"]
 )

@@ -6,15 +6,15 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from trainer.config.run import Recipe
+from trainer.resilience.signals import StopFlag
 
 
 def train(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
 ) -> None:
@@ -36,17 +36,25 @@ def train(
     environ.export(environment, os.environ)
 
     from trainer.core.errors import TrainerError
+    from trainer.launch.slurm_commands import job_end_unix
     from trainer.preflight.check import prepare
+    from trainer.training.starting import nothing_to_do
 
     try:
         prepared = prepare(recipe, overrides or [], environment.world_size)
+        words = nothing_to_do(prepared.recipe, prepared.derived.total_steps)
     except TrainerError as error:
         if environment.rank != 0:  # every rank refuses the same recipe; one of them says so
             raise typer.Exit(error.exit_code) from error
         raise
+    if words is not None:  # every rank finds the same: none waits for another
+        if environment.rank == 0:
+            print(words)
+        return
     from trainer.training.rank import end_process, run_rank
 
-    end_process(run_rank(prepared.recipe, prepared.derived, prepared.deepspeed, environment))
+    stop = context.find_object(StopFlag)
+    end_process(run_rank(prepared.recipe, prepared.derived, prepared.deepspeed, environment, stop, job_end_unix))
 
 
 def _launch(recipe: Path, overrides: list[str]) -> int:
@@ -57,11 +65,12 @@ def _launch(recipe: Path, overrides: list[str]) -> int:
     from trainer.launch.local import run_local
     from trainer.launch.ssh import run_hosts
     from trainer.preflight.check import prepare
+    from trainer.training.starting import nothing_to_do
 
     prepared = prepare(recipe, overrides, None)
     directory = Path(prepared.recipe.run.directory)
     refuse_if_held(directory)
-    if (words := already_finished(prepared.recipe, prepared.derived.total_steps)) is not None:
+    if (words := nothing_to_do(prepared.recipe, prepared.derived.total_steps)) is not None:
         print(words)
         return 0
     keep_private(prepared.recipe.run.group_access)
@@ -72,31 +81,6 @@ def _launch(recipe: Path, overrides: list[str]) -> int:
     code = run_hosts(hosts_of(launch), command) if launch.launcher == "ssh" else run_local(command, processes)
     note_silent_end(directory, code, started)
     return code
-
-
-def already_finished(recipe: Recipe, total_steps: int) -> str | None:
-    """Return how the run has ended if there is nothing left to do: its last step reached, or early stopping."""
-    from trainer.checkpoint import layout
-    from trainer.evaluation.best import BestEvaluation, stopping_reason
-
-    directory = Path(recipe.run.directory)
-    newest = layout.newest(directory)
-    if newest is None:
-        return None
-    step, path = newest
-    pointed = layout.read_pointer(directory)  # behind a later one that was passed over as damaged
-    if pointed is not None and pointed[0] < step:
-        step, path = pointed
-    where = f"at step {step}, {total_steps} asked for, in {directory}"
-    if step >= total_steps:
-        return f"already finished: {where}\nraise run.steps to continue it, or use another run.directory"
-    train = (layout.read_manifest(path) or {}).get("state", {}).get("train", {})
-    best = BestEvaluation.from_json(train.get("best", {}))
-    reason = stopping_reason(recipe, best) if best is not None else None
-    if reason is None:
-        return None
-    fix = "raise evaluation.early_stopping.patience to continue it, or use another run.directory"
-    return f"already finished: {where}: {reason}\n{fix}"
 
 
 def note_silent_end(directory: Path, code: int, started_unix: float) -> None:

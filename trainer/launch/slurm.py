@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ from trainer.core.errors import Problem, RefusedError
 from trainer.core.resources import resource_directory
 from trainer.launch.container import in_container, srun_container_options
 from trainer.launch.site import environment_lines, gpu_lines, module_lines
-from trainer.launch.starters import Starter, signal_target, start_line
+from trainer.launch.starters import Starter, signal_target, stage_lines, start_line
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _PATH = re.compile(r"/[\w./+=@:,~% -]*")
@@ -74,6 +74,8 @@ class LaunchPlan:
     """``srun --mpi``."""
     online: bool = False
     """False: the Hugging Face libraries of the ranks ask no Hub."""
+    stage: str | None = None
+    """Archive of the ranks' environment, unpacked on every node."""
     command: tuple[str, ...]
     """What each rank runs."""
     python: str
@@ -129,6 +131,7 @@ def render(plan: LaunchPlan) -> str:
         "DIRECTIVES": "\n".join(f"#SBATCH --{option}" for option in _directives(plan)),
         "SITE": "\n".join(_site_lines(plan)),
         "SETUP": "\n".join(plan.setup),
+        "STAGE": "".join(f"{line}\n" for line in stage_lines(plan)),
         "START": _start(plan),
         "PYTHON": shlex.quote(plan.python),
         "RUN_DIRECTORY": '"$run"',
@@ -161,7 +164,8 @@ def _start(plan: LaunchPlan) -> str:
     def contained(command: tuple[str, ...]) -> tuple[str, ...]:
         return in_container(command, plan.container, directories, has_gpus=plan.gpus_per_node > 0)
 
-    return start_line(plan, srun_container_options(plan.container, directories, plan.environment), contained)
+    inside = plan if plan.container is None else replace(plan, python=plan.container.python)
+    return start_line(inside, srun_container_options(plan.container, directories, plan.environment), contained)
 
 
 def _directives(plan: LaunchPlan) -> list[str]:
@@ -249,6 +253,12 @@ def _problems(plan: LaunchPlan) -> list[Problem]:
     for text in (*plan.command, plan.python):
         if has_control_characters(text):
             problems.append(Problem("command", text, "must be one line without control characters"))
+    if plan.stage is not None and _PATH.fullmatch(plan.stage) is None:
+        rule = "must be an absolute path of letters, digits, spaces and ./_-+=@:,~%"
+        problems.append(Problem("launch.slurm.stage", plan.stage, rule))
+    if plan.stage is not None and plan.container is not None:
+        rule = "has no effect in a container, which brings its own environment"
+        problems.append(Problem("launch.slurm.stage", plan.stage, rule, "remove one of them"))
     if not plan.command:
         problems.append(Problem("command", None, "is empty"))
     return problems

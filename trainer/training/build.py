@@ -37,6 +37,7 @@ from trainer.models.config import (
 )
 from trainer.models.flops import training_flops_per_token
 from trainer.parallel.topology import mesh_of, mesh_table
+from trainer.resilience.requests import RequestSources
 from trainer.tasks.pretrain import loss_spec
 from trainer.telemetry.sinks.base import Fanout
 from trainer.telemetry.throughput import Stopwatch, device_name, model_flops_utilization, peak_flops_per_second
@@ -60,7 +61,7 @@ def build_parts(
     attempt: int,
     open_sinks: Callable[[int, float], Fanout],
     say: Callable[[str], None],
-    stop_requested: Callable[[], bool],
+    requests: RequestSources,
     may_commit: Callable[[], None] = lambda: None,
 ) -> Parts:
     """Assemble a fresh or resumed run; the process group is joined already.
@@ -144,7 +145,7 @@ def build_parts(
     guard = Guard(recipe.resilience, state, GuardLog(recipe) if environment.rank == 0 else None)
     parts = Parts(
         recipe, derived, engine, loader, validation, state, sinks, saver, guard, replicas, ranks, open_sinks,
-        stop_requested,
+        requests,
         _utilization(engine, config, recipe, derived), rank=environment.rank,
     )  # fmt: skip
     if (warning := untested()) is not None:

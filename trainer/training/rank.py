@@ -11,21 +11,30 @@ from typing import Any
 
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
+from trainer.core.done_file import remove_done, write_done
 from trainer.core.environ import RankEnvironment
 from trainer.core.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, RefusedError, TrainerError
 from trainer.core.logs import RankLog, open_rank_log
 from trainer.core.private import keep_private, make_run_directory
+from trainer.resilience.deadline import Durations
+from trainer.resilience.job_end import Ask
 from trainer.resilience.signals import StopFlag
 from trainer.training.run_directory import RunDirectory
 
 
-def run_rank(recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], environment: RankEnvironment) -> int:
-    """Train as one rank and return its exit code. The environment has been exported to os.environ."""
+def run_rank(
+    recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], environment: RankEnvironment,
+    stop: StopFlag | None = None, job_end: Ask | None = None,
+) -> int:  # fmt: skip
+    """Train as one rank and return its exit code. The environment has been exported to os.environ.
+
+    ``stop`` has its handlers installed already; ``job_end`` asks the scheduler when a job ends.
+    """
     keep_private(recipe.run.group_access)  # a run directory holds paths, host names and data
     make_run_directory(Path(recipe.run.directory), recipe.run.group_access)
     directory: RunDirectory | None = None
     with (
-        StopFlag() as stop,
+        stop or StopFlag() as stop,
         open_rank_log(Path(recipe.run.directory), environment.rank, recipe.telemetry.log_cap_bytes) as log,
     ):
 
@@ -35,7 +44,7 @@ def run_rank(recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], e
         try:
             if environment.rank == 0:
                 directory = RunDirectory(recipe, deepspeed_json, environment.world_size, say)
-            code = _train(recipe, derived, deepspeed_json, environment, directory, log, stop)
+            code = _train(recipe, derived, deepspeed_json, environment, directory, log, stop, job_end)
         except BaseException as error:  # noqa: BLE001 - status.json must say how every run ended
             code = _report(error, environment, directory, log)
         finally:
@@ -46,12 +55,13 @@ def run_rank(recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], e
 
 def _train(
     recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], environment: RankEnvironment,
-    directory: RunDirectory | None, log: RankLog, stop: StopFlag,
+    directory: RunDirectory | None, log: RankLog, stop: StopFlag, job_end: Ask | None,
 ) -> int:  # fmt: skip
     # Imported here: the log must be open before torch and DeepSpeed give their loggers a stream.
     from trainer.engine.build import join_group, leave_group
     from trainer.telemetry.build import build_sinks
     from trainer.telemetry.sinks.base import Fanout
+    from trainer.training.asking import DurationsSink, request_sources
     from trainer.training.attempt_clock import GoodputSink
     from trainer.training.binding import bind
     from trainer.training.build import build_parts
@@ -59,7 +69,7 @@ def _train(
     from trainer.training.loop import train
     from trainer.training.status_sink import StatusSink
 
-    sinks = Fanout([])
+    sinks, durations = Fanout([]), Durations()
 
     def open_sinks(resume_step: int, restore_seconds: float) -> Fanout:
         nonlocal sinks
@@ -70,13 +80,17 @@ def _train(
             )
             made = build_sinks(recipe, directory.path, resume_step, derived.total_steps, log.console_stream)
             goodput = GoodputSink(directory.clock, lambda record: sinks.goodput(record))
-            sinks = Fanout([*made, goodput, StatusSink(directory, resume_step, derived.total_steps)])
+            status = StatusSink(directory, resume_step, derived.total_steps)
+            sinks = Fanout([*made, goodput, status, DurationsSink(durations)])
         return sinks
 
     def say(text: str) -> None:
         print(text, file=log.console_stream, flush=True)
 
     try:
+        requests = request_sources(
+            recipe, derived.total_steps, stop, directory, job_end, durations, lambda text: sinks.message(text)
+        )
         join_group(environment, rendezvous_timeout_seconds=recipe.launch.rendezvous_timeout_seconds)
         if (bound := bind(recipe.launch.bind, environment)) is not None:
             print(bound, flush=True)  # into the log
@@ -84,12 +98,13 @@ def _train(
         parts = build_parts(
             recipe, derived, deepspeed_json, environment,
             attempt=directory.attempt if directory else 0,
-            open_sinks=open_sinks, say=say,
-            stop_requested=lambda: stop.received is not None or (directory is not None and directory.lost),
+            open_sinks=open_sinks, say=say, requests=requests,
             may_commit=directory.refuse_if_taken_over if directory else lambda: None,
         )  # fmt: skip
-        if directory is not None and parts.state.best.loss is not None:
-            directory.status(best_validation_loss=parts.state.best.loss, best_step=parts.state.best.step)
+        if directory is not None:
+            remove_done(directory.path)
+            if parts.state.best.loss is not None:
+                directory.status(best_validation_loss=parts.state.best.loss, best_step=parts.state.best.step)
         try:
             outcome = train(parts)
         except BaseException:
@@ -97,10 +112,15 @@ def _train(
             raise
         early = early_end(parts)
         code = EXIT_OK if outcome == "finished" else EXIT_REQUEUE
+        requests.finish()
         if directory is not None:
             # Before teardown: an abort there must not look like a failed run.
-            reason = early if outcome == "finished" else f"asked to stop ({stop.received or 'another rank'})"
-            directory.status(state=outcome, step=parts.state.step, exit_code=code, reason=reason)
+            ending = requests.ending
+            reason = early if outcome == "finished" else ending.reason
+            requeue = outcome == "stopped" and not ending.by_person
+            if outcome == "finished":
+                write_done(directory.path, step=parts.state.step, attempt=directory.attempt, reason=early)
+            directory.status(state=outcome, step=parts.state.step, exit_code=code, reason=reason, requeue=requeue)
         sinks.message(_farewell(outcome, parts.state.step, derived, recipe, early))
         if directory is not None and outcome == "finished":
             directory.report(sinks.message)

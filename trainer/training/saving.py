@@ -12,6 +12,7 @@ from trainer.config.checkpoint import CheckpointConfig
 from trainer.core.errors import CheckpointError
 from trainer.core.units import format_bytes, format_duration
 from trainer.engine.base import TrainEngine
+from trainer.resilience.control import Save
 from trainer.telemetry.record import CheckpointRecord
 from trainer.telemetry.sinks.base import Fanout
 from trainer.training.state import TrainState
@@ -60,6 +61,11 @@ class Saver:
         """Whether this rank knows of a failed save that ends the run; others may learn of it a moment later."""
         saved = self._writer.finished()
         return self._settings.on_error == "stop" and saved is not None and saved.error is not None
+
+    @property
+    def newest(self) -> Save | None:
+        """How the last save has ended that the user was told of."""
+        return Save(self._told.step, self._told.error) if self._told is not None else None
 
     def tell(self) -> None:
         """Tell the user of a save that has ended meanwhile. Does not wait, and changes nothing for other ranks."""
