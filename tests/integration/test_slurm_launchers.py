@@ -177,10 +177,14 @@ def test_environment_is_staged_on_every_node(slurm_cluster, tmp_path):
     archive = tmp_path / "my environment.tar"
     subprocess.run([ROOT / "launch" / "stage.sh", archive, environment], check=True)
     code = "import os, sys; open(sys.argv[1] + os.environ['SLURM_PROCID'], 'w').write(os.environ['STAGED'])"
-    plan = make_plan(tmp_path, "stop", stage=str(archive), command=(sys.executable, "-c", code, f"{tmp_path}/saw-"))
+    command = (sys.executable, "-c", code, f"{tmp_path}/saw-")
+    # The nodes of this cluster share /tmp, but not /dev/shm.
+    plan = make_plan(tmp_path, "stop", stage=str(archive), stage_directory="/dev/shm", command=command)
     job = submit(slurm_cluster, plan)
     slurm_cluster.wait(job)
     staged = {(tmp_path / f"saw-{rank}").read_text() for rank in range(4)}
     assert len(staged) == 1, output(plan, job)
-    assert staged.pop().startswith("/tmp/trainer-")
-    assert not list(Path("/tmp").glob(f"trainer-*-{job}*"))
+    assert staged.pop().startswith("/dev/shm/trainer-")
+    for node in slurm_cluster.nodes:
+        left = slurm_cluster.run(["ls", "/dev/shm"], node=node).stdout
+        assert "trainer-" not in left

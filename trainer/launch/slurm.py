@@ -76,6 +76,7 @@ class LaunchPlan:
     """False: the Hugging Face libraries of the ranks ask no Hub."""
     stage: str | None = None
     """Archive of the ranks' environment, unpacked on every node."""
+    stage_directory: str = "/tmp"
     command: tuple[str, ...]
     """What each rank runs."""
     python: str
@@ -253,9 +254,10 @@ def _problems(plan: LaunchPlan) -> list[Problem]:
     for text in (*plan.command, plan.python):
         if has_control_characters(text):
             problems.append(Problem("command", text, "must be one line without control characters"))
-    if plan.stage is not None and _PATH.fullmatch(plan.stage) is None:
-        rule = "must be an absolute path of letters, digits, spaces and ./_-+=@:,~%"
-        problems.append(Problem("launch.slurm.stage", plan.stage, rule))
+    for key, text in (("stage", plan.stage), ("stage_directory", plan.stage_directory)):
+        if text is not None and _PATH.fullmatch(text) is None:
+            rule = "must be an absolute path of letters, digits, spaces and ./_-+=@:,~%"
+            problems.append(Problem(f"launch.slurm.{key}", text, rule))
     if plan.stage is not None and plan.container is not None:
         rule = "has no effect in a container, which brings its own environment"
         problems.append(Problem("launch.slurm.stage", plan.stage, rule, "remove one of them"))

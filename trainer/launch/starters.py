@@ -35,6 +35,8 @@ class StartPlan(Protocol):
     @property
     def stage(self) -> str | None: ...
     @property
+    def stage_directory(self) -> str: ...
+    @property
     def command(self) -> tuple[str, ...]: ...
     @property
     def python(self) -> str: ...
@@ -65,7 +67,7 @@ def stage_lines(plan: StartPlan) -> list[str]:
     unpack = 'umask 077; rm -rf "$0" && mkdir "$0" && tar -xf "$0.tar" -C "$0" && rm "$0.tar"'
     return [
         "# The environment of the ranks, once a node on its own disk (launch.slurm.stage)",
-        f"{STAGE_VARIABLE}=/tmp/trainer-$USER-$SLURM_JOB_ID",
+        f"{STAGE_VARIABLE}={shlex.quote(plan.stage_directory)}/trainer-$UID-$SLURM_JOB_ID",
         f"export {STAGE_VARIABLE}",
         f"""trap '{each_node} rm -rf "${STAGE_VARIABLE}" "${STAGE_VARIABLE}.tar" || true' EXIT""",
         f'sbcast --force {shlex.quote(plan.stage)} "${STAGE_VARIABLE}.tar"',
