@@ -188,3 +188,33 @@ def test_environment_is_staged_on_every_node(slurm_cluster, tmp_path):
     for node in slurm_cluster.nodes:
         left = slurm_cluster.run(["ls", "/dev/shm"], node=node).stdout
         assert "trainer-" not in left
+
+
+MEET = """
+import os, sys, torch, torch.distributed as dist
+from trainer.core.environ import detect, export
+from trainer.engine.rendezvous import roll_call
+from trainer.launch.address import choose_interface, reachable
+ranks = reachable(detect(os.environ))
+choose_interface(ranks, os.environ)
+export(ranks, os.environ)
+store = roll_call(ranks, 60)
+dist.init_process_group("gloo", init_method="env://")
+total = torch.tensor([2.0 ** ranks.rank])
+dist.all_reduce(total)
+dist.barrier()
+sys.stdout.write(f"{ranks.rank} {ranks.master_address} {os.environ['GLOO_SOCKET_IFNAME']} {total.item():.0f}\\n")
+dist.destroy_process_group()
+"""
+DEBIAN_NAMES = (
+    'printf "127.0.0.1 localhost\\n127.0.1.1 $(hostname)\\n" > "$0-$(hostname)"'
+    ' && mount --bind "$0-$(hostname)" /etc/hosts && exec "$@"'
+)
+
+
+def test_hosts_that_know_only_their_own_name_and_as_loopback(slurm_cluster, tmp_path):
+    """As Debian writes /etc/hosts: gloo would listen on 127.0.1.1, and node2 can't resolve node1."""
+    spoil = ["unshare", "-m", "sh", "-c", DEBIAN_NAMES, str(tmp_path / "hosts")]
+    done = slurm_cluster.run(["srun", "-N2", "-n2", *spoil, sys.executable, "-c", MEET], timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["0 node1 eth0 3", "1 10.77.0.1 eth0 3"]
