@@ -92,12 +92,6 @@ SRUN_PMIX = {
 SRUN_PMI2 = {**SLURM_TASK, "PMI_FD": "11", "PMI_RANK": "3", "PMI_SIZE": "4", "PMI_JOBID": "1.0"}
 # mpirun in sbatch starts its daemons by srun: the rank sees the task of the daemon.
 OPENMPI_IN_SBATCH = {**SLURM_TASK, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "PMIX_RANK": "1", "OMPI_COMMAND": "x"}
-    **SLURM_TASK,
-    "SLURM_PROCID": "0",
-    "SLURM_LOCALID": "0",
-    "PMIX_RANK": "1",
-    "OMPI_COMMAND": "python",
-}
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 
 

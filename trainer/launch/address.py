@@ -36,9 +36,20 @@ def choose_interface(ranks: RankEnvironment, environment: MutableMapping[str, st
     if any(not address.startswith("127.") for address in _addresses(socket.gethostname())):
         return
     own = next((own for own in map(_own_address, (ranks.master_address, _ANYWHERE)) if own), None)
-    for name, addresses in psutil.net_if_addrs().items():
-        if own in {entry.address for entry in addresses}:
-            environment["GLOO_SOCKET_IFNAME"] = name
+    interface = _interface_of(own)
+    if interface is not None:
+        environment["GLOO_SOCKET_IFNAME"] = interface
+
+
+def _interface_of(own: str | None) -> str | None:
+    """Return the interface with the address ``own``; where no route told one, the first that is up and no loopback."""
+    states = psutil.net_if_stats()
+    for name, entries in psutil.net_if_addrs().items():
+        addresses = {entry.address for entry in entries if entry.family == socket.AF_INET}
+        outward = addresses and states[name].isup and not any(address.startswith("127.") for address in addresses)
+        if own in addresses or (own is None and outward):
+            return name
+    return None
 
 
 def _own_address(target: str) -> str | None:
