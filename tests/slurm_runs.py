@@ -23,7 +23,10 @@ def sections(steps: int, time_limit: str = "10", **slurm: Any) -> dict[str, Any]
         "schedule": {"name": "constant"},
         "evaluation": {"every_steps": 8},
         "telemetry": {"tensorboard": True},
-        "launch": {"processes": 2, "slurm": {"nodes": 2, "gpus_per_node": 0, "time": time_limit, "preflight": False, **slurm}},
+        "launch": {
+            "processes": 2,
+            "slurm": {"nodes": 2, "gpus_per_node": 0, "time": time_limit, "preflight": False, **slurm},
+        },
     }
 
 
