@@ -42,7 +42,7 @@ class Parts:
     guard: Guard
     replicas: ReplicaCheck
     ranks: Ranks
-    open_sinks: Callable[[int], Fanout]
+    open_sinks: Callable[[int, float], Fanout]
     """Open logs and curves, cut back to a step."""
     stop_requested: Callable[[], bool]
     """Whether this rank was asked to stop."""
