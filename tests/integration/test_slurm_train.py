@@ -14,6 +14,12 @@ from trainer.data.shards import ShardWriter
 
 pytestmark = pytest.mark.slurm
 STEPS = 16
+SECRETS = {
+    "HF_TOKEN": "hf_PLANTEDplantedPLANTEDplanted",
+    "WANDB_API_KEY": "0123plantedplanted4567planted89",
+    "MY_SERVICE_TOKEN": "planted-in-the-submitting-shell",
+}
+"""In the shell that submits, and so in the environment of every rank."""
 
 
 @pytest.fixture
@@ -53,8 +59,16 @@ def test_two_nodes_train_are_killed_and_go_on(slurm_cluster, recipe: Path) -> No
     run = recipe.parent / "run"
     submit = [sys.executable, "-m", "trainer", "submit", str(recipe), "--nodes", "2", "--gpus-per-node", "0"]
 
+    secret = recipe.parent / "secret"
+    secret.write_text("planted-in-a-file\n")
+    profile = recipe.parent / "site.yaml"
+    profile.write_text(
+        f"{{setup: ['export FROM_FILE_TOKEN=\"$(cat {secret})\"'], environment: {{GREETING: it works}}}}"
+    )
+    submit += ["--profile", str(profile)]
+
     def job(**environment: str) -> str:
-        done = slurm_cluster.run(submit, env=environment, cwd=recipe.parent)
+        done = slurm_cluster.run(submit, env={**SECRETS, **environment}, cwd=recipe.parent)
         assert done.returncode == 0, done.stderr
         return slurm_cluster.wait(done.stdout.split()[0], timeout=240)
 
@@ -81,6 +95,11 @@ def test_two_nodes_train_are_killed_and_go_on(slurm_cluster, recipe: Path) -> No
                 "time/step_seconds", "time/data_wait_seconds", "time/forward_backward_seconds", "memory/peak_bytes",
                 "validation/v/perplexity"):  # fmt: skip
         assert tag in tags
+
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix in (".out", ".log", ".sbatch")]) >= 8
+    for secret in (*SECRETS.values(), "planted-in-a-file"):
+        assert [path for path in files if secret.encode() in path.read_bytes()] == []
 
     shown = slurm_cluster.run([sys.executable, "-m", "trainer", "status", str(run), "--json"])
     assert json.loads(shown.stdout)["state"] == "finished"

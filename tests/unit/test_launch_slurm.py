@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from trainer.core.errors import RefusedError
 from trainer.launch.slurm import LaunchPlan, render
 
 pytestmark = pytest.mark.fast
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
 PLAN = LaunchPlan(
     job_name="pretrain-7b",
     nodes=4,
@@ -189,6 +191,16 @@ def test_secret_read_from_elsewhere_is_taken(line):
     assert line in render(dataclasses.replace(PLAN, setup=(line,)))
 
 
+def test_agent_in_a_container_is_the_images_own():
+    script = render(dataclasses.replace(VARIANTS["apptainer"], starter="torchrun"))
+    assert "/images/train.sif python3 -m trainer.launch.torchrun 8 -- " in script
+
+
+def test_pyxis_without_srun_is_refused():
+    with pytest.raises(RefusedError, match="is a plugin of srun"):
+        render(dataclasses.replace(VARIANTS["pyxis"], starter="mpirun"))
+
+
 @pytest.mark.parametrize(
     "name", ["RANK", "MASTER_ADDR", "SLURM_JOB_ID", "SBATCH_ACCOUNT", "BASH_ENV", "TRAINER_LAUNCHER"]
 )
@@ -296,10 +308,16 @@ def test_bash_hands_hostile_words_to_the_rank(tmp_path):
     srun.write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
     srun.chmod(0o755)
     words = [*SMUGGLED, "a b", "ünï", "$HOME", "x=y"]
-    plan = dataclasses.replace(PLAN, command=("printf", "%s\\n", *words), setup=("true",))
+    plan = dataclasses.replace(
+        PLAN,
+        command=("printf", "%s\\n", *words),
+        setup=("true",),
+        python=sys.executable,
+        run_directory=tmp_path / "run",
+    )
     script = tmp_path / "job.sh"
     script.write_text(render(plan))
-    environment = {"PATH": f"{bin_directory}:/usr/bin:/bin", "RANK": "7"}
+    environment = {"PATH": f"{bin_directory}:/usr/bin:/bin", "RANK": "7", "SLURM_JOB_ID": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == words

@@ -11,6 +11,7 @@ from trainer.cli import (
     cancel,
     check,
     checkpoint,
+    control,
     data,
     data_shards,
     data_which,
@@ -63,6 +64,7 @@ app.command("submit")(submit.submit)
 app.command("status")(status.status)
 app.command("report")(report.report)
 app.command("cancel")(cancel.cancel)
+app.command("control")(control.control)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("export")(export.export)
 app.command("generate")(generate.generate)

@@ -41,6 +41,8 @@ class SlurmConfig(Section):
     """Nodes to avoid."""
     signal_seconds: int = Field(default=120, ge=1, le=65535)
     """Seconds before the time limit at which ranks are told to checkpoint."""
+    preflight: bool | None = None
+    """Whether the job checks its nodes first (``trainer check --on-node``); null: if there is more than one."""
     reservation: str | None = None
     """Reservation."""
     licenses: str | None = None
@@ -53,6 +55,15 @@ class SlurmConfig(Section):
     """More options of sbatch, from a list of allowed ones; ``true`` for an option without a value."""
     modules: tuple[str, ...] = ()
     """Environment modules to load, in this order."""
+    end_seconds: int = Field(default=120, ge=1)
+    """That the ranks may take to end after one has failed, before what starts them is killed: srun waits for those on
+    a node that it can't reach."""
+    max_restarts: int = Field(default=100, ge=0)
+    """Failures after which a job starts again by itself; stops to checkpoint and restarts by SLURM don't count."""
+    max_excluded_nodes: int = Field(default=2, ge=0)
+    """Nodes that are left out at most because a run failed on them."""
+    controller_seconds: int = Field(default=600, ge=0)
+    """How long a job tries to reach a controller that does not answer."""
     setup: tuple[str, ...] = ()
     """Shell lines run before the ranks start (source venv/bin/activate), written as they are."""
     starter: Literal["srun", "torchrun", "mpirun", "mpiexec"] = "srun"
@@ -80,6 +91,15 @@ class SlurmConfig(Section):
         return cast("object", value)
 
 
+class PreflightConfig(Section):
+    """The check of the nodes before training, ``trainer check --on-node``."""
+
+    seconds: int = Field(default=60, ge=10)
+    """Time limit of the check, from when a rank has loaded torch; half of it for the ranks to arrive."""
+    slow_fraction: float = Field(default=0.5, ge=0, lt=1)
+    """A node slower than this share of the median is at fault."""
+
+
 class LaunchConfig(Section):
     """Where ranks come from when no launcher has started them already."""
 
@@ -97,5 +117,7 @@ class LaunchConfig(Section):
     """auto: give each rank CPUs of its own, near its GPU, unless the launcher has done so."""
     rendezvous_timeout_seconds: float = Field(default=600.0, gt=0)
     """How long ranks wait for each other at the start."""
+    preflight: PreflightConfig = PreflightConfig()
+    """How nodes are checked before training."""
     slurm: SlurmConfig = SlurmConfig()
     """What is asked of SLURM; only read by ``trainer submit`` and where ``launcher`` is slurm."""

@@ -1,17 +1,13 @@
-"""Tell a batch script whether its run is done already, before it starts ranks on every node.
-
-``python -m trainer.launch.finished RUN_DIR``: exit code 0 where it is. So a chain or an array of jobs that the run did
-not need drains in seconds.
-"""
+"""Whether a job has anything left to do, before it starts ranks on every node: chains and arrays drain in seconds."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.core.done_file import done_path
+from trainer.core.errors import EXIT_DO_NOT_RESTART
+from trainer.launch.restart_record import Attempt
 from trainer.launch.submit import script_of_job
 
 
@@ -21,23 +17,32 @@ def finished_since_submission(run_directory: Path, environment: Mapping[str, str
     A run that had finished before is asked for more (``run.steps`` was raised): its ranks know. Times are those of
     files in the run directory, so that no clocks are compared.
     """
-    script = script_of_job(run_directory, environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID", ""))
+    submitted = _submitted_unix(run_directory, environment)
     try:
-        return script is not None and done_path(run_directory).stat().st_mtime >= script.stat().st_mtime
+        return submitted is not None and done_path(run_directory).stat().st_mtime >= submitted
     except OSError:
         return False
 
 
-def main(arguments: list[str]) -> int:
-    """Return 0 where the run is done, 3 where it is not, 2 for a wrong call."""
-    if len(arguments) != 1:
-        print("usage: python -m trainer.launch.finished RUN_DIR", file=sys.stderr)
-        return 2
-    if not finished_since_submission(Path(arguments[0]), os.environ):
-        return 3
-    print(f"trainer: {arguments[0]} is done: nothing left for this job", flush=True)
-    return 0
+def given_up_since_submission(
+    run_directory: Path, attempts: list[Attempt], environment: Mapping[str, str]
+) -> Attempt | None:
+    """Return the end of another job, after this one was submitted, that said "do not restart"; None if there is none.
+
+    What a person submits afterwards begins anew.
+    """
+    last = attempts[-1] if attempts else None
+    if last is None or (last.decision, last.exit_code) != ("stop", EXIT_DO_NOT_RESTART):
+        return None
+    submitted = _submitted_unix(run_directory, environment)
+    other = last.job != environment.get("SLURM_JOB_ID")
+    return last if other and submitted is not None and last.time_unix > submitted else None
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def _submitted_unix(run_directory: Path, environment: Mapping[str, str]) -> float | None:
+    job = environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID", "")
+    script = script_of_job(run_directory, job)
+    try:
+        return script.stat().st_mtime if script is not None else None
+    except OSError:
+        return None

@@ -74,25 +74,33 @@ def run_local(
     environment: Mapping[str, str] | None = None,
     grace_seconds: float = 5.0,
     say: Callable[[str], None] | None = None,
+    place: Callable[[int], RankEnvironment] | None = None,
 ) -> int:
     """Run ``command`` as ``processes`` ranks on this machine and return the exit code of the whole.
 
     Each rank gets its place by environment variables (`trainer.core.environ.export`), its own session, and our stdout
     and stderr. The first stop signal is passed on, so that the ranks save and exit 75; a second SIGINT or SIGTERM kills
     them. When a rank fails, the others get ``grace_seconds`` to notice by themselves, then SIGTERM, and as long again
-    before SIGKILL. Must be called from the main thread (signals, and PR_SET_PDEATHSIG is bound to the thread).
+    before SIGKILL. ``place`` gives the place of a local rank where there are ranks on other hosts too. Must be called
+    from the main thread (signals, and PR_SET_PDEATHSIG is bound to the thread).
 
     Returns 0 when every rank did, 93 or 2 when a rank did, 75 when the ranks that ended by themselves said 0 or 75 and
     at least one said 75, 128 + signal when the ranks died of the user's signal, 1 for everything else.
     """
     launcher = _Launcher(grace_seconds, say or _say_on_stderr)
+    place = place or _alone(processes)
     with launcher.signals_caught():
         try:
-            launcher.start(command, processes, dict(os.environ if environment is None else environment))
+            launcher.start(command, processes, dict(os.environ if environment is None else environment), place)
             launcher.watch()
         finally:
             launcher.kill_all()
     return launcher.exit_code()
+
+
+def _alone(processes: int) -> Callable[[int], RankEnvironment]:
+    port = free_port("127.0.0.1")
+    return lambda rank: RankEnvironment(rank, processes, rank, processes, 0, "127.0.0.1", port, "local")
 
 
 def _say_on_stderr(text: str) -> None:
@@ -130,15 +138,20 @@ class _Launcher:
             for signum in caught:
                 signal.signal(signum, previous[signum] if previous[signum] is not None else signal.SIG_DFL)
 
-    def start(self, command: list[str], processes: int, environment: dict[str, str]) -> None:
+    def start(
+        self,
+        command: list[str],
+        processes: int,
+        environment: dict[str, str],
+        place: Callable[[int], RankEnvironment],
+    ) -> None:
         # Inside a SLURM job the scheduler repeats SIGTERM while it waits, and sends SIGKILL itself in the end.
         self.tolerates_repeats = "SLURM_JOB_ID" in environment
-        port = free_port("127.0.0.1")
         for rank in range(processes):
             if self.pending:  # told to stop before all had started: the missing ranks would leave the others waiting
                 break
             variables = dict(environment)
-            export(RankEnvironment(rank, processes, rank, processes, 0, "127.0.0.1", port, "local"), variables)
+            export(place(rank), variables)
             variables[PARENT_VARIABLE] = str(os.getpid())
             process = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, start_new_session=True)
             self.ranks.append(_Rank(rank, process))

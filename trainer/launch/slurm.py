@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,21 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _PATH = re.compile(r"/[\w./+=@:,~% -]*")
 _ARRAY = re.compile(r"1-[0-9]{1,7}%[0-9]{1,7}")
 _PLACEHOLDER = re.compile(r"@([A-Z_]+)@")
+_LOADING_SECONDS = 150
+"""For Python and torch to be loaded, from a network file system perhaps, and for srun to start and end the ranks."""
+_NODE_CHECK = """
+# Are these nodes fit for the run? 1: a node is at fault, RUN/failure.json names it; 2: the recipe or environment is.
+# srun waits for ever for a node that it can't reach, hence timeout.
+{start} &
+checking=$!
+while kill -0 "$checking" 2>/dev/null; do wait "$checking" || true; done
+code=0
+wait "$checking" || code=$?
+if [ "$code" -ne 0 ]; then
+  {python} -m trainer.launch.requeue "$run_directory" --since "$started" || true
+  exit "$code"
+fi
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +67,14 @@ class LaunchPlan:
     mail_user: str | None = None
     sbatch_options: Mapping[str, str | int | bool] = field(default_factory=dict[str, str | int | bool])
     modules: tuple[str, ...] = ()
+    end_seconds: int = 120
+    """That the ranks may take to end after one has failed."""
+    max_restarts: int = 100
+    """Failures after which the job starts again by itself."""
+    max_excluded_nodes: int = 2
+    """Nodes that are left out at most because the run failed on them."""
+    controller_seconds: int = 600
+    """How long the job tries to reach a controller that does not answer."""
     setup: tuple[str, ...] = ()
     """Shell lines of the recipe, written as they are."""
     environment: Mapping[str, str | int] = field(default_factory=dict[str, str | int])
@@ -68,6 +92,10 @@ class LaunchPlan:
     """False: the Hugging Face libraries of the ranks ask no Hub."""
     command: tuple[str, ...]
     """What each rank runs."""
+    node_check: tuple[str, ...] = ()
+    """What each rank runs before, to check its node; empty: nothing."""
+    node_check_seconds: int = 210
+    """After which the check is killed."""
     python: str
     """Interpreter that has `trainer`; it decides about the requeue."""
     working_directory: Path
@@ -83,10 +111,14 @@ class LaunchPlan:
 
 def plan(
     recipe: Recipe, *, command: tuple[str, ...], python: str, working_directory: Path, run_directory: Path,
-    array: str | None = None, sweep: bool = False,
+    node_check: tuple[str, ...] = (), array: str | None = None, sweep: bool = False,
 ) -> LaunchPlan:  # fmt: skip
-    """Return what ``launch.slurm`` of the recipe asks for, running ``command`` once per rank."""
+    """Return what ``launch.slurm`` of the recipe asks for, running ``command`` once per rank.
+
+    ``node_check`` is run before it where ``launch.slurm.preflight`` asks for it.
+    """
     slurm = recipe.launch.slurm
+    checks = slurm.preflight if slurm.preflight is not None else slurm.nodes > 1
     shared = {
         each.name: getattr(slurm, each.name) for each in fields(LaunchPlan) if each.name in type(slurm).model_fields
     }
@@ -94,6 +126,8 @@ def plan(
         job_name=recipe.run.name,
         ranks_per_node=ranks_per_node(recipe),
         command=command,
+        node_check=node_check if checks else (),
+        node_check_seconds=recipe.launch.preflight.seconds + _LOADING_SECONDS,
         python=python,
         working_directory=working_directory,
         run_directory=run_directory,
@@ -121,10 +155,13 @@ def render(plan: LaunchPlan) -> str:
         "DIRECTIVES": "\n".join(f"#SBATCH --{option}" for option in _directives(plan)),
         "SITE": "\n".join(_site_lines(plan)),
         "SETUP": "\n".join(plan.setup),
+        "PREFLIGHT": _node_check(plan),
         "START": _start(plan),
         "PYTHON": shlex.quote(plan.python),
-        "RUN_DIRECTORY": '"$run_directory"',
-        "FIND_RUN_DIRECTORY": f"run_directory={_run_directory(plan)}",
+        "RUN_DIRECTORY": '"$run"',
+        "FIND_RUN_DIRECTORY": f"run={_run_directory(plan)}",
+        "END_SECONDS": str(plan.end_seconds),
+        "LIMITS": " ".join(_limits(plan)),
     }
     template = (resource_directory("slurm") / "train.sbatch").read_text(encoding="utf-8")
     # One pass, so that a value that looks like a placeholder stays what it is.
@@ -151,7 +188,17 @@ def _start(plan: LaunchPlan) -> str:
     def contained(command: tuple[str, ...]) -> tuple[str, ...]:
         return in_container(command, plan.container, directories, has_gpus=plan.gpus_per_node > 0)
 
-    return start_line(plan, srun_container_options(plan.container, directories, plan.environment), contained)
+    inside = plan if plan.container is None else replace(plan, python=plan.container.python)
+    return start_line(inside, srun_container_options(plan.container, directories, plan.environment), contained)
+
+
+def _node_check(plan: LaunchPlan) -> str:
+    if not plan.node_check:
+        return ""
+    # By srun, whatever starts the ranks: the command line of the check needs no MPI, and no agent.
+    start = _start(dataclasses.replace(plan, starter="srun", mpi="none", command=plan.node_check))
+    limit = f"timeout --kill-after=10 {plan.node_check_seconds}"
+    return _NODE_CHECK.format(start=start.replace("srun ", f"{limit} srun ", 1), python=shlex.quote(plan.python))
 
 
 def _directives(plan: LaunchPlan) -> list[str]:
@@ -200,6 +247,12 @@ def _quoted(path: str) -> str:
     return f'"{path}"' if " " in path else path
 
 
+def _limits(plan: LaunchPlan) -> list[str]:
+    """Return the options by which the script's last line is told when to give up."""
+    names = ("max_restarts", "max_excluded_nodes", "controller_seconds")
+    return [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(plan, name)))]
+
+
 def _problems(plan: LaunchPlan) -> list[Problem]:
     problems: list[Problem] = []
     if _NAME.fullmatch(plan.job_name) is None:
@@ -211,6 +264,10 @@ def _problems(plan: LaunchPlan) -> list[Problem]:
         ("launch.slurm.gpus_per_node", plan.gpus_per_node, 0),
         ("launch.slurm.cpus_per_task", plan.cpus_per_task, 1),
         ("launch.slurm.signal_seconds", plan.signal_seconds, 1),
+        ("launch.slurm.end_seconds", plan.end_seconds, 1),
+        ("launch.slurm.max_restarts", plan.max_restarts, 0),
+        ("launch.slurm.max_excluded_nodes", plan.max_excluded_nodes, 0),
+        ("launch.slurm.controller_seconds", plan.controller_seconds, 0),
     ):
         if number is not None and (type(number) is not int or number < least):
             problems.append(Problem(key, number, f"must be an integer of at least {least}"))
@@ -226,7 +283,7 @@ def _problems(plan: LaunchPlan) -> list[Problem]:
         elif plan.container is not None and re.search(r"[:, ]", str(path)):
             rule = "can't be mounted into a container: it has a space, comma or colon"
             problems.append(Problem(key, str(path), rule, "choose another directory"))
-    for text in (*plan.command, plan.python):
+    for text in (*plan.command, *plan.node_check, plan.python):
         if has_control_characters(text):
             problems.append(Problem("command", text, "must be one line without control characters"))
     if not plan.command:

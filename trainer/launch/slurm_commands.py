@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.core.errors import TrainerError
@@ -43,11 +44,71 @@ def submit_script(script: Path, dependency: str | None = None) -> str:
     return job_id
 
 
-def show_state(job_id: str) -> tuple[str, str]:
-    """Return (state, reason) of a job that the controller still knows. Raises SlurmCommandError."""
+@dataclass(frozen=True, kw_only=True)
+class JobFacts:
+    """What the controller says of a job."""
+
+    state: str
+    """RUNNING, COMPLETING, CANCELLED, ..."""
+    reason: str
+    """TimeLimit where the job was ended by it; most other ends give none."""
+    restarts: int
+    """Raised as soon as the job is to go back into the queue, while it still ends."""
+    nodes: int
+    partition: str
+    features: str
+    """Constraint; empty: none."""
+    excluded: str
+    """Host list; empty: none."""
+
+
+def show_job(job_id: str) -> JobFacts:
+    """Return the facts of a job that the controller still knows. Raises SlurmCommandError."""
     answer = _run(["scontrol", "show", "job", _checked(job_id), "-o"], _ASK_SECONDS)
-    fields = dict(re.findall(r"(?:^|\s)(JobState|Reason)=(\S*)", answer))
-    return fields.get("JobState", ""), fields.get("Reason", "")
+    names = "JobState|Reason|Restarts|NumNodes|Partition|Features|ExcNodeList"
+    fields = dict(re.findall(rf"(?:^|\s)({names})=(\S*)", answer))
+    text = {name: "" if value in ("(null)", "None", "N/A", "Unknown") else value for name, value in fields.items()}
+    counts = {name: re.match(r"[0-9]{1,9}", text.get(name, "")) for name in ("Restarts", "NumNodes")}
+    return JobFacts(
+        state=text.get("JobState", ""),
+        reason=text.get("Reason", ""),
+        restarts=int(counts["Restarts"][0]) if counts["Restarts"] else 0,
+        nodes=int(counts["NumNodes"][0]) if counts["NumNodes"] else 0,  # "2" or "2-4"
+        partition=text.get("Partition", ""),
+        features=text.get("Features", ""),
+        excluded=text.get("ExcNodeList", ""),
+    )
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node as the controller sees it."""
+
+    name: str
+    state: str
+    features: frozenset[str]
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is down or does not answer."""
+        return self.state.startswith(("down", "fail", "unk")) or "*" in self.state
+
+    @property
+    def usable(self) -> bool:
+        """Whether jobs may be put on it, now or when others have ended."""
+        return not self.lost and self.state.startswith(("idle", "mix", "alloc", "comp", "plnd", "resv"))
+
+
+def nodes_of(*, partition: str | None = None, names: Sequence[str] = ()) -> list[Node]:
+    """Return the nodes of a partition (or several, with commas), or those named. Raises SlurmCommandError."""
+    choice = ["-p", partition] if partition else []
+    choice += ["-n", ",".join(names)] if names else []
+    answer = _run(["sinfo", "-h", "-N", *choice, "-o", "%N|%t|%f"], _ASK_SECONDS)
+    found: dict[str, Node] = {}
+    for line in answer.splitlines():
+        name, state, features = (*line.strip().split("|"), "", "")[:3]
+        found[name] = Node(name, state.lower(), frozenset(features.split(",")))
+    return list(found.values())
 
 
 def queue_json(job_ids: Sequence[str]) -> str:
@@ -157,9 +218,21 @@ def node_address(node: str) -> str | None:
     return found[1] if found else None
 
 
+def job_end_unix(job_id: str) -> float | None:
+    """Return when SLURM ends a job, in seconds since 1970, None where it doesn't say. Raises SlurmCommandError."""
+    answer = _run(["scontrol", "show", "job", _checked(job_id), "-o"], _ASK_SECONDS, SLURM_TIME_FORMAT="%s")
+    found = re.search(r"(?:^|\s)EndTime=([0-9]{1,12})(?:\s|$)", answer)
+    return float(found[1]) if found else None
+
+
 def requeue_job(job_id: str) -> None:
     """Put a job back into the queue. Raises SlurmCommandError."""
     _run(["scontrol", "requeue", _checked(job_id)], _ASK_SECONDS)
+
+
+def exclude_nodes(job_id: str, hosts: Sequence[str]) -> None:
+    """Let a job that waits in the queue, or is on its way there, avoid exactly ``hosts``. Raises SlurmCommandError."""
+    _run(["scontrol", "update", f"JobId={_checked(job_id)}", f"ExcNodeList={','.join(hosts)}"], _ASK_SECONDS)
 
 
 def _list(job_ids: Sequence[str]) -> str:
@@ -172,18 +245,20 @@ def _checked(job_id: str) -> str:
     return job_id
 
 
-def _run(command: list[str], seconds: float, *, input_text: str | None = None, errors_too: bool = False) -> str:
+def _run(
+    command: list[str], seconds: float, *, input_text: str | None = None, errors_too: bool = False, **variables: str
+) -> str:
     # The variables of a job we run in (SLURM_NTASKS...) would steer the new one. The cluster's address and a site's
     # defaults (SBATCH_ACCOUNT...) stay.
     environment = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("SLURM_") or name in ("SLURM_CONF", "SLURM_CLUSTERS")
-    }
+    } | variables
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=seconds, env=environment, check=False,
-            **({"stdin": subprocess.DEVNULL} if input_text is None else {"input": input_text}),
+            command, input=input_text, capture_output=True, text=True, errors="replace", timeout=seconds,
+            env=environment, check=False,
         )  # fmt: skip
     except FileNotFoundError:
         raise SlurmCommandError(

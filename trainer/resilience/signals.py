@@ -12,6 +12,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+_BY_PERSONS = (signal.SIGINT, signal.SIGHUP)
+"""A keyboard or a closed terminal: no scheduler sends these."""
 _SAME_INTERRUPT_SECONDS = 0.5
 _EXIT_INTERRUPTED = 128 + signal.SIGINT
 
@@ -29,6 +31,12 @@ class StopFlag:
         self._signal: signal.Signals | None = None
         self._time_unix: float | None = None
         self._interrupted_at: float | None = None
+        self._by_person: signal.Signals | None = None
+
+    @property
+    def by_person(self) -> str | None:
+        """Name of the first signal that came from a person at a terminal, whatever came before it."""
+        return self._by_person.name if self._by_person is not None else None
 
     @property
     def received(self) -> str | None:
@@ -69,6 +77,8 @@ class StopFlag:
                 _stop_now()
             if self._interrupted_at is None:
                 self._interrupted_at = now
+        if self._by_person is None and signum in _BY_PERSONS:
+            self._by_person = signal.Signals(signum)
         if self._signal is None:
             self._signal = signal.Signals(signum)
             self._time_unix = time.time()
