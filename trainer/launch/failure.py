@@ -112,4 +112,3 @@ def note_in_status(run_directory: Path, exit_code: int, reason: str, *, began: b
     if silent or (state == "failed" and replaces_reason):
         code = exit_code if silent else fields.get("exit_code", exit_code)
         write_status(run_directory, {**fields, "state": "failed", "exit_code": code, "reason": reason})
-

@@ -32,10 +32,7 @@ checking=$!
 while kill -0 "$checking" 2>/dev/null; do wait "$checking" || true; done
 code=0
 wait "$checking" || code=$?
-if [ "$code" -ne 0 ]; then
-  {python} -m trainer.launch.requeue "$run_directory" --since "$started" || true
-  exit "$code"
-fi
+[ "$code" -eq 0 ] || settle "$code"
 """
 
 
@@ -198,7 +195,7 @@ def _node_check(plan: LaunchPlan) -> str:
     # By srun, whatever starts the ranks: the command line of the check needs no MPI, and no agent.
     start = _start(dataclasses.replace(plan, starter="srun", mpi="none", command=plan.node_check))
     limit = f"timeout --kill-after=10 {plan.node_check_seconds}"
-    return _NODE_CHECK.format(start=start.replace("srun ", f"{limit} srun ", 1), python=shlex.quote(plan.python))
+    return _NODE_CHECK.format(start=start.replace("srun ", f"{limit} srun ", 1))
 
 
 def _directives(plan: LaunchPlan) -> list[str]:
