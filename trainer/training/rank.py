@@ -35,7 +35,10 @@ def run_rank(
     keep_private(recipe.run.group_access)  # a run directory holds paths, host names and data
     make_run_directory(Path(recipe.run.directory), recipe.run.group_access)
     directory: RunDirectory | None = None
-    with stop or StopFlag() as stop, open_rank_log(Path(recipe.run.directory), environment.rank) as log:
+    with (
+        stop or StopFlag() as stop,
+        open_rank_log(Path(recipe.run.directory), environment.rank, recipe.telemetry.log_cap_bytes) as log,
+    ):
 
         def say(text: str) -> None:
             print(text, file=log.console_stream, flush=True)
@@ -179,7 +182,7 @@ def note_exception(error: BaseException) -> None:
 def _told_by_first_rank(log: RankLog, text: str) -> bool:
     """Return whether rank 0 failed with the same words: most refusals are raised by all ranks alike."""
     time.sleep(1.0)  # ranks fail within moments of each other
-    path = log.path.with_name(f"rank-{0:05d}.log")
+    path = log.first_path
     with contextlib.suppress(OSError), path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 64_000))
         return text.splitlines()[0] in file.read().decode(errors="replace")
