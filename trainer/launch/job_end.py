@@ -27,7 +27,7 @@ from trainer.launch.slurm_commands import (
     nodes_of,
     requeue_job,
     show_job,
-)  # fmt: skip
+)  # fmt: skipfrom trainer.telemetry.run_report import collect_report, describe_report
 
 _CLOCK_SLACK_SECONDS = 5.0
 
@@ -89,6 +89,8 @@ class JobEnd:
         if job is not None and (decision.restart or facts.back_already):
             self._leave_out_nodes(job)
         self._tell(decision)
+        if decision.name in ("done", "stop"):
+            self._report()
         return decision.exit_code
 
     def _failure(self, since_unix: float) -> dict[str, Any]:
@@ -201,6 +203,13 @@ class JobEnd:
             "scheduler": "not requeued by itself", "stop": "not requeued",
         }  # fmt: skip
         self.say(f"job {self.place.job} {words[decision.name]}: {decision.reason}")
+
+    def _report(self) -> None:
+        """Tell what became of the run, and where its time went."""
+        with contextlib.suppress(OSError, ValueError):
+            found = collect_report(self.run_directory)
+            if found.goodput is not None:
+                self.say("\n".join(["end of the run", *describe_report(found)]))
 
     def _own_hosts(self, hosts: object) -> list[str]:
         """Return the nodes of this job among the host names of a failure report: SLURM knows them by the first part."""
