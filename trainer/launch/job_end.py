@@ -27,7 +27,8 @@ from trainer.launch.slurm_commands import (
     nodes_of,
     requeue_job,
     show_job,
-)  # fmt: skipfrom trainer.telemetry.run_report import collect_report, describe_report
+)
+from trainer.telemetry.run_report import collect_report, describe_report
 
 _CLOCK_SLACK_SECONDS = 5.0
 
