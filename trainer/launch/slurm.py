@@ -34,11 +34,7 @@ while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
 code=0
 wait "$step" || code=$?
 step=
-if [ "$code" -ne 0 ]; then
-  decided=0
-  requeue end "$run" --code "$code" {limits} || decided=$?
-  exit "$decided"
-fi
+[ "$code" -eq 0 ] || settle "$code"
 """
 
 
@@ -205,7 +201,7 @@ def _node_check(plan: LaunchPlan) -> str:
     # By srun, whatever starts the ranks: the command line of the check needs no MPI, and no agent.
     start = _start(dataclasses.replace(plan, starter="srun", mpi="none", command=plan.node_check))
     limit = f"timeout --kill-after=10 {plan.node_check_seconds}"
-    return _NODE_CHECK.format(start=start.replace("srun ", f"{limit} srun ", 1), limits=" ".join(_limits(plan)))
+    return _NODE_CHECK.format(start=start.replace("srun ", f"{limit} srun ", 1))
 
 
 def _directives(plan: LaunchPlan) -> list[str]:
