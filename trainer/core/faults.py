@@ -14,9 +14,9 @@ Every phase of `trainer.core.phases` is a point: ``phase.forward``.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
+import re
 import resource
 import select
 import signal
@@ -63,7 +63,7 @@ def _strike(kind: str, point: str, path: Path | None) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (2**26, resource.getrlimit(resource.RLIMIT_AS)[1]))
         bytearray(2**30)
     elif kind == "lock":
-        ctypes.PyDLL(None).sleep(3600)
+        re.match(r"(a+)+$", "a" * 64 + "b")  # backtracks for ages
     elif kind.startswith("pause"):
         _pause(float(kind.removeprefix("pause")))
     else:

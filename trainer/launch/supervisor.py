@@ -219,6 +219,8 @@ class _Supervisor:
         """Write what is known, let the others do the same, say who is the cause, and kill the rank."""
         # The sentence is about the rank as it was found; a stopped one goes on for a moment to show its stacks.
         self._write(event, snapshot, state, stalled, ask=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGSTOP)  # being asked may wake it (EINTR): it must not move on half judged
         # At least as long as the others need to notice: who left no report counts as gone.
         end = time.monotonic() + max(self._settings.report_seconds, 1.0 + 2 * self._look_every_seconds)
         self._look_at_network(end)
