@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -133,6 +133,7 @@ def test_a_long_attempt_keeps_few_marks_and_still_knows_its_steps() -> None:
 numbers = st.floats(0, 1e6) | st.floats() | st.integers(-5, 10**7)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.dictionaries(st.sampled_from([*AttemptTimes.__dataclass_fields__, "version"]), numbers), max_size=4))
 def test_parts_add_up_whatever_the_files_say(given_files: list[dict[str, Any]]) -> None:
     files = [{"version": 1, "attempt": n, "resumed_step": 0} | given for n, given in enumerate(given_files, 1)]
@@ -148,6 +149,7 @@ def test_parts_add_up_whatever_the_files_say(given_files: list[dict[str, Any]]) 
         assert 0 <= found.fraction <= 1 + 1e-9
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 50), st.integers(0, 40), st.integers(1, 40), st.floats(0, 20)), max_size=5),
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from trainer.core.durable import replace_text
+from trainer.core.failure_file import read_failure
 from trainer.core.status_file import read_status
 from trainer.telemetry.attempt_times import AttemptTimes
 
@@ -92,7 +93,7 @@ def _complete(run_directory: Path, times: AttemptTimes, next_unix: float) -> Non
 
 def _said_by_failure_file(run_directory: Path) -> tuple[float, str] | None:
     """Return when and why the newest failed attempt ended, as those said who watched the ranks."""
-    failure = _json_object(run_directory / "failure.json") or {}
+    failure = read_failure(run_directory) or {}
     at, cause = failure.get("time_unix"), failure.get("cause")
     return (at, cause) if isinstance(at, float) and isinstance(cause, str) else None
 
