@@ -18,6 +18,9 @@ from trainer.telemetry.attempt_times import AttemptTimes
 _TAIL_BYTES = 8 * 2**20
 """Of metrics.jsonl: the lines of a few seconds, even of steps of a millisecond."""
 
+_MOST_SILENT_SECONDS = 1800.0
+"""Between the last sign of life of a start and the word of others that it has ended."""
+
 
 def timing_path(run_directory: Path, attempt: int) -> Path:
     """Return RUN/attempts/NNNN/timing.json."""
@@ -87,7 +90,10 @@ def _complete(run_directory: Path, times: AttemptTimes, next_unix: float) -> Non
     times.updated_unix = lives_until
     for end in (_said_by_failure_file(run_directory), _said_by_status(run_directory, times)):
         if end is not None and written_unix <= end[0] <= next_unix:
-            times.ended_unix, times.outcome, times.reason = end[0], "failed", end[1]
+            # What is said long after may have been said by the next allocation, whose wait is no time of this one.
+            silent = end[0] - lives_until > _MOST_SILENT_SECONDS
+            times.ended_unix = lives_until if silent else end[0]
+            times.outcome, times.reason = "failed", end[1]
             return
 
 
