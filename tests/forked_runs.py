@@ -87,6 +87,7 @@ class Trainer:
     def train(
         self, recipe: Path, *overrides: str, world: int = 2, faults: str = "", before: str = "",
         kill: Kill | None = None, grace_seconds: float = 0.0, privileged: bool = True,
+        variables: dict[str, str] | None = None,
     ) -> list[int]:  # fmt: skip
         """Run to the end and return the ranks' exit codes; ``grace_seconds`` after one was killed the others are.
 
@@ -96,7 +97,7 @@ class Trainer:
         output = recipe.with_suffix(".out")
         job = {
             "argv": ["train", str(recipe), *overrides], "world": world, "output": str(output),
-            "env": {"TRAINER_FAULTS": faults}, "grace_seconds": grace_seconds,
+            "env": {"TRAINER_FAULTS": faults, **(variables or {})}, "grace_seconds": grace_seconds,
             "privileged": privileged, "before": before,
             "kill": None if kill is None else asdict(kill) | {"run": str(kill.run)},
         }  # fmt: skip

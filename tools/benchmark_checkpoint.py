@@ -141,8 +141,10 @@ class Ranks:
 
     def step(self) -> float:
         """Return the seconds of one optimizer step."""
+        from trainer.engine.base import Requests
+
         self.step_number += 1
-        return self.slowest(lambda: self.engine.train_batch([self.batch], lambda preview: True, 1e-4, False))
+        return self.slowest(lambda: self.engine.train_batch([self.batch], lambda preview: True, 1e-4, Requests()))
 
     def deepspeed(self) -> None:
         """Save with DeepSpeed's own engine."""

@@ -102,6 +102,7 @@ def measure(rank: int, port: int, memory: dict[str, Any], length: int, output: s
     from trainer.core import environ
     from trainer.core.environ import RankEnvironment
     from trainer.data.batches import MicroBatch
+    from trainer.engine.base import Requests
     from trainer.engine.build import build_engine, join_group
     from trainer.models.config import hugging_face_config
     from trainer.tasks.pretrain import loss_spec
@@ -126,12 +127,12 @@ def measure(rank: int, port: int, memory: dict[str, Any], length: int, output: s
     engine = build_engine(recipe, hugging_face_config(recipe.model), resolved, loss_spec(), place)
     tokens = torch.randint(VOCABULARY, (1, length + 1), generator=torch.Generator().manual_seed(0))
     batch = MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-    engine.train_batch([batch], lambda preview: True, 1e-4, False)
+    engine.train_batch([batch], lambda preview: True, 1e-4, Requests())
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     rest, started = _resident("VmRSS"), time.perf_counter()
-    result = engine.train_batch([batch], lambda preview: True, 1e-4, False)
+    result = engine.train_batch([batch], lambda preview: True, 1e-4, Requests())
     seconds = time.perf_counter() - started
     found = {"peak": _resident("VmHWM") - rest, "seconds": seconds, "loss": result.loss}
     Path(output, f"{rank}.json").write_text(json.dumps(found))

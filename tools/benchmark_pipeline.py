@@ -73,6 +73,7 @@ def measure(rank: int, port: int, repeats: int, output: Path) -> None:
     from trainer.core import environ
     from trainer.core.environ import RankEnvironment
     from trainer.data.batches import MicroBatch
+    from trainer.engine.base import Requests
     from trainer.engine.build import join_group, leave_group
 
     torch.set_num_threads(1)
@@ -90,7 +91,7 @@ def measure(rank: int, port: int, repeats: int, output: Path) -> None:
             alone = _stage_alone(engine, batch)
             distributed.barrier()
             started = time.perf_counter()
-            engine.train_batch([batch] * count, lambda preview: True, 1e-3, False)
+            engine.train_batch([batch] * count, lambda preview: True, 1e-3, Requests())
             distributed.barrier()
             seconds = time.perf_counter() - started
             if repeat:  # the first one warms up

@@ -18,7 +18,7 @@ from trainer.config.parallel import ParallelConfig
 from trainer.config.run import Recipe
 from trainer.core import environ
 from trainer.data.batches import MicroBatch
-from trainer.engine.base import StepPreview, TrainEngine
+from trainer.engine.base import Requests, StepPreview, TrainEngine
 from trainer.engine.build import build_engine, join_group, leave_group
 from trainer.models.config import hugging_face_config
 from trainer.models.loss import LossSpec, cross_entropy_by_row
@@ -88,7 +88,7 @@ def micro_batches(batch: torch.Tensor, case: dict) -> list[MicroBatch]:
 
 def step(engine: TrainEngine, number: int, case: dict, accept=lambda preview: True):
     batches = micro_batches(tokens[number], case)
-    return engine.train_batch(batches, accept, spec["learning_rate"], False)
+    return engine.train_batch(batches, accept, spec["learning_rate"], Requests())
 
 
 def parity(case: dict) -> dict:
@@ -104,7 +104,9 @@ def growing(case: dict) -> dict:
     results = []
     for number, size in enumerate(case["sizes"]):
         batches, accepted = micro_batches(tokens[number][:size], case), number != case.get("veto")
-        results.append(engine.train_batch(batches, lambda _, answer=accepted: answer, spec["learning_rate"], False))
+        results.append(
+            engine.train_batch(batches, lambda _, answer=accepted: answer, spec["learning_rate"], Requests())
+        )
         if "output" in case:
             save_state(engine, "momentum", Path(case["output"]) / f"{case['name']}-{number}.safetensors")
         engine.evaluate(batches[:1])

@@ -93,10 +93,11 @@ class TestFinished:
         directory = finished.directory
         facts = {"run.yaml", "deepspeed.json", "environment.json"}
         seen = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
-        assert seen == facts | {"metrics.jsonl", "tensorboard", "status.json", "logs", "attempts", "checkpoints"}
+        others = {"metrics.jsonl", "tensorboard", "status.json", "report.json", "logs", "attempts", "checkpoints"}
+        assert seen == facts | others
         assert {path.name for path in (directory / "logs").iterdir()} == {"rank-00000.log", "rank-00001.log"}
         assert [path.name for path in (directory / "attempts").iterdir()] == ["0001"]
-        assert {path.name for path in (directory / "attempts" / "0001").iterdir()} == facts
+        assert {path.name for path in (directory / "attempts" / "0001").iterdir()} == facts | {"timing.json"}
         for name in facts:
             assert (directory / name).read_bytes() == (directory / "attempts" / "0001" / name).read_bytes()
         assert [path.name[:19] for path in (directory / "tensorboard").iterdir()] == ["events.out.tfevents"]

@@ -184,14 +184,21 @@ def test_cancelled_job_saves_and_stays_cancelled(slurm_cluster, tmp_path):
     assert notes(tmp_path, 1) == []
 
 
-def test_status_of_an_earlier_attempt_requeues_nothing(slurm_cluster, tmp_path):
-    """A job that fails at start would else be requeued for ever on its predecessor's word."""
+def test_restarts_without_progress_are_stopped(slurm_cluster, tmp_path):
+    """Each attempt says "requeue me" and has saved nothing; the status.json is an earlier run's."""
     (tmp_path / "status.json").write_text('{"state": "stopped", "exit_code": 75, "updated_unix": 1000.0}')
     plan = make_plan(tmp_path, "stale", nodes=1, ranks_per_node=1)
     job = submit(slurm_cluster, plan)
     assert slurm_cluster.wait(job) == "FAILED"
-    assert slurm_cluster.fields(job)["ExitCode"] == "75:0"
-    assert "status.json was not written by this attempt" in output(plan, job)
+    fields = slurm_cluster.fields(job)
+    assert (fields["ExitCode"], fields["Restarts"]) == ("93:0", "3")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 93)
+    assert "3 restarts in a row without a new checkpoint" in status["reason"]
+    attempts = json.loads((tmp_path / "slurm" / "restarts.json").read_text())["attempts"]
+    assert [attempt["decision"] for attempt in attempts] == ["requeue"] * 3 + ["stop"]
+    log = output(plan, job)
+    assert [log.count(f"===== job {job}, restart {number}, nodes node") for number in range(4)] == [1] * 4
 
 
 def test_submit_and_status(slurm_cluster, tmp_path):

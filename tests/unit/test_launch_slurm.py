@@ -6,17 +6,20 @@ import dataclasses
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.config.slurm import ContainerConfig
 from trainer.core.errors import RefusedError
 from trainer.launch.slurm import LaunchPlan, render
 
 pytestmark = pytest.mark.fast
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "train.sbatch.txt"
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
 PLAN = LaunchPlan(
     job_name="pretrain-7b",
     nodes=4,
@@ -54,30 +57,73 @@ HOSTILE = [
     " ",
     "x\u2028y",
 ]
-TEXT_FIELDS = ["job_name", "time", "partition", "account", "qos", "constraint", "memory_per_node", "exclude"]
+TEXT_FIELDS = [
+    "job_name", "time", "partition", "account", "qos", "constraint", "memory_per_node", "exclude", "gpu_type",
+    "reservation", "licenses", "mail_type", "mail_user", "network_interface", "gres_style", "array",
+]  # fmt: skip
+CONTAINER = ContainerConfig(
+    runtime="pyxis", image="nvcr.io#nvidia/pytorch:25.06-py3", mounts=("/data:/data:ro", "/scratch")
+)
+VARIANTS = {
+    "train": PLAN,
+    "cpu": LaunchPlan(
+        job_name="cpu",
+        nodes=1,
+        ranks_per_node=2,
+        time="30",
+        command=("python3", "-m", "trainer", "train", "recipe.yaml"),
+        python="/usr/bin/python3",
+        working_directory=Path("/w"),
+        run_directory=Path("/w/r"),
+    ),
+    "gres": dataclasses.replace(
+        PLAN,
+        gres_style="gres",
+        gpu_type="a100",
+        reservation="course",
+        licenses="scratch:1",
+        mail_type="END,FAIL",
+        mail_user="me@example.org",
+        sbatch_options={"exclusive": True, "switches": "1@2:00:00", "nice": 100},
+        modules=("cuda/12.4", "nccl"),
+        environment={"NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": 8, "GREETING": 'it\'s "a b"; id'},
+        network_interface="ib0",
+    ),
+    "pyxis": dataclasses.replace(
+        PLAN, container=CONTAINER, environment={"NCCL_DEBUG": "WARN"}, run_directory=Path("/home/me/runs/pretrain")
+    ),
+    "apptainer": dataclasses.replace(
+        PLAN,
+        gres_style="gpus-per-task",
+        container=ContainerConfig(runtime="apptainer", image="/images/train.sif", mounts=("/data:/in:ro",)),
+        run_directory=Path("/home/me/runs/pretrain"),
+    ),
+    "array": dataclasses.replace(PLAN, array="1-5%1"),
+    "sweep": dataclasses.replace(
+        PLAN,
+        array="1-12%4",
+        sweep=True,
+        command=("/usr/bin/python3", "-m", "trainer.launch.sweep_task", "/home/me/runs/pretrain 100%"),
+    ),
+}
 
 
 def directives(script: str) -> list[str]:
     return [line for line in script.splitlines() if line.startswith("#SBATCH")]
 
 
-def test_golden_script():
-    assert render(PLAN) == GOLDEN.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_golden_script(name, tmp_path):
+    script = render(VARIANTS[name])
+    assert script == (GOLDEN / f"{name}.sbatch.txt").read_text(encoding="utf-8")
+    path = tmp_path / "job.sbatch"
+    path.write_text(script)
+    subprocess.run(["bash", "-n", str(path)], check=True)
 
 
 def test_cpu_job_asks_for_no_gpu_and_nothing_unset():
-    plan = LaunchPlan(
-        job_name="cpu",
-        nodes=1,
-        ranks_per_node=2,
-        time="30",
-        command=("true",),
-        python="/usr/bin/python3",
-        working_directory=Path("/w"),
-        run_directory=Path("/w/r"),
-    )
-    script = render(plan)
-    assert plan.world_size == 2
+    script = render(VARIANTS["cpu"])
+    assert VARIANTS["cpu"].world_size == 2
     assert directives(script) == [
         "#SBATCH --job-name=cpu",
         "#SBATCH --nodes=1",
@@ -92,12 +138,6 @@ def test_cpu_job_asks_for_no_gpu_and_nothing_unset():
     assert "None" not in script
 
 
-def test_script_is_valid_bash(tmp_path):
-    path = tmp_path / "job.sbatch"
-    path.write_text(render(PLAN))
-    subprocess.run(["bash", "-n", str(path)], check=True)
-
-
 @pytest.mark.parametrize("value", HOSTILE)
 @pytest.mark.parametrize("field", TEXT_FIELDS)
 def test_hostile_option_is_refused(field, value):
@@ -105,6 +145,80 @@ def test_hostile_option_is_refused(field, value):
         render(dataclasses.replace(PLAN, **{field: value}))
     assert len(error.value.problems) == 1
     assert error.value.problems[0].value == value
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+@pytest.mark.parametrize("make", [
+    lambda value: {"modules": (value,)},
+    lambda value: {"sbatch_options": {"comment": value}},
+    lambda value: {"sbatch_options": {value: "x"}},
+    lambda value: {"environment": {value: "x"}},
+    lambda value: {"container": CONTAINER.model_copy(update={"image": value.replace("#", "'")})},  # registry#image is
+    lambda value: {"container": CONTAINER.model_copy(update={"python": value})},
+    lambda value: {"container": CONTAINER.model_copy(update={"mounts": (value,)})},
+    lambda value: {"container": CONTAINER.model_copy(update={"mounts": (f"/data:{value}",)})},
+], ids=["module", "option value", "option", "variable", "image", "python", "mount", "mount target"])  # fmt: skip
+def test_hostile_value_of_the_site_is_refused(make, value):
+    plan = dataclasses.replace(PLAN, run_directory=Path("/r"), **make(value))
+    with pytest.raises(RefusedError) as error:
+        render(plan)
+    assert len(error.value.problems) == 1
+
+
+@pytest.mark.parametrize("option", ["wrap", "uid", "output", "export", "chdir", "job-name", "bb", "mem"])
+def test_dangerous_option_is_not_on_the_list(option):
+    with pytest.raises(RefusedError, match="not among the sbatch options"):
+        render(dataclasses.replace(PLAN, sbatch_options={option: "x"}))
+
+
+@pytest.mark.parametrize("changes", [
+    {"environment": {"HF_TOKEN": "hf_abc"}},
+    {"environment": {"WANDB_API_KEY": "0123456789abcdef"}},
+    {"environment": {"HARMLESS": "hf_" + "a" * 30}},
+    {"environment": {"PROXY": "http://me:pass@proxy:3128"}},
+    {"setup": ("export HF_TOKEN=hf_abc",)},
+    {"setup": ("curl -H 'Authorization: Bearer abcdefghijkl' x",)},
+])  # fmt: skip
+def test_secret_is_refused_without_repeating_it(changes):
+    with pytest.raises(RefusedError, match="mode 0600") as error:
+        render(dataclasses.replace(PLAN, **changes))
+    for secret in ("hf_abc", "0123456789abcdef", "aaaaaaaa", "pass@", "abcdefghijkl"):
+        assert secret not in str(error.value)
+
+
+@pytest.mark.parametrize("line", ['export HF_TOKEN="$(cat ~/.token)"', "export HF_TOKEN=$TOKEN", "source ~/.secrets"])
+def test_secret_read_from_elsewhere_is_taken(line):
+    assert line in render(dataclasses.replace(PLAN, setup=(line,)))
+
+
+@pytest.mark.parametrize(
+    "name", ["RANK", "MASTER_ADDR", "SLURM_JOB_ID", "SBATCH_ACCOUNT", "BASH_ENV", "TRAINER_LAUNCHER"]
+)
+def test_variable_of_the_launch_is_refused(name):
+    with pytest.raises(RefusedError, match="is set by SLURM"):
+        render(dataclasses.replace(PLAN, environment={name: "x"}))
+
+
+@pytest.mark.parametrize("value", ["$HOME/x", "~/x", "${PATH}:/x", "`id`", "$(id)"])
+def test_value_that_hopes_for_a_shell_is_refused(value):
+    with pytest.raises(RefusedError, match="word for word"):
+        render(dataclasses.replace(PLAN, environment={"WHERE": value}))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.dictionaries(st.sampled_from(["A", "GREETING", "LONG_NAME_2"]), st.text(max_size=30), min_size=1))
+def test_environment_reaches_the_ranks_word_for_word(environment):
+    """Either refused, or bash exports exactly this."""
+    try:
+        script = render(dataclasses.replace(PLAN, environment=environment))
+    except RefusedError:
+        return
+    lines = "\n".join(line for line in script.splitlines() if line.startswith("export "))
+    done = subprocess.run(
+        ["bash", "-c", f"{lines}\nenv -0"], capture_output=True, env={"PATH": "/usr/bin:/bin"}, check=True
+    )
+    found = dict(entry.split("=", 1) for entry in done.stdout.decode().split("\0") if "=" in entry)
+    assert {name: found.get(name) for name in environment} == environment
 
 
 @pytest.mark.parametrize("value", ['/x"y', "/x'y", "/x\\y", "/x\ny", "/x$(id)", "/x;y", "/x`id`", "relative", "/x#y"])
@@ -171,7 +285,7 @@ def test_command_reaches_the_rank_word_for_word(words):
         assert any(re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", word) for word in words)
         return
     assert directives(script) == directives(render(PLAN))
-    line = script[script.index("srun --nodes") :]
+    line = script[script.index("\n  srun --nodes") :]
     line = line[line.index("\\\n") + 2 : line.index("step=$!")].strip()
     assert shlex.split(line.removesuffix("&")) == words
 
@@ -184,10 +298,21 @@ def test_bash_hands_hostile_words_to_the_rank(tmp_path):
     srun.write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
     srun.chmod(0o755)
     words = [*SMUGGLED, "a b", "ünï", "$HOME", "x=y"]
-    plan = dataclasses.replace(PLAN, command=("printf", "%s\\n", *words), setup=("true",))
+    plan = dataclasses.replace(
+        PLAN,
+        command=("printf", "%s\\n", *words),
+        setup=("true",),
+        python=sys.executable,
+        run_directory=tmp_path / "run",
+    )
     script = tmp_path / "job.sh"
     script.write_text(render(plan))
-    environment = {"PATH": f"{bin_directory}:/usr/bin:/bin", "RANK": "7"}
+    environment = {"PATH": f"{bin_directory}:/usr/bin:/bin", "RANK": "7", "SLURM_JOB_ID": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == words
+
+
+if __name__ == "__main__":  # write the golden files: python tests/unit/test_launch_slurm.py
+    for name, variant in VARIANTS.items():
+        (GOLDEN / f"{name}.sbatch.txt").write_text(render(variant), encoding="utf-8")

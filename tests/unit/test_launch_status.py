@@ -10,8 +10,11 @@ import pytest
 
 from trainer.core.errors import RefusedError
 from trainer.core.status_file import write_status
-from trainer.launch.status import collect, describe
+from trainer.launch.status import collect
+from trainer.launch.status_text import describe
 from trainer.launch.submit import recorded_jobs, write_script
+from trainer.telemetry.attempt_files import write_times
+from trainer.telemetry.attempt_times import AttemptTimes
 
 pytestmark = pytest.mark.fast
 
@@ -31,22 +34,23 @@ def step_line(step, at, seconds=2.0):
 
 def test_running_run(tmp_path):
     write_status(tmp_path, {"state": "running", "step": 3, "total_steps": 10, "restarts": 1})
+    (tmp_path / "attempts" / "0001").mkdir(parents=True)
     begin = {"kind": "evaluation", "step": 0, "validation_loss": 11.0, "time_unix": 1000.0}
     write_metrics(tmp_path, [begin, *(step_line(n, 1000.0 + 5 * n) for n in (1, 2, 3, 4))], tail='{"step": 5, "lo')
     found = collect(tmp_path)
     assert (found.step, found.total_steps, found.loss, found.tokens_per_second) == (4, 10, 6.0, 1500.0)
     assert found.remaining_seconds == pytest.approx(12.0)
+    assert found.goodput_fraction is None  # no start has left its times
+    times = AttemptTimes(attempt=1, resumed_step=0, started_unix=1000.0, allocated_since_unix=1000.0)
+    times.updated_unix = 1003.0  # four steps of 2 s until 1020 stand in metrics.jsonl alone
+    write_times(tmp_path, times)
+    found = collect(tmp_path)
     assert found.goodput_fraction == pytest.approx(8 / 20)
     text = describe(found)
-    assert "4 of 10, 12s left" in text
-    assert "goodput     40.0%" in text
+    assert "4 of 10 (40.0%), 12s left" in text
+    assert "goodput     40.0% (" in text
     assert "1.50k" in text
     assert json.loads(found.to_json())["restarts"] == 1
-
-
-def test_sparse_log_lines_stand_for_every_step(tmp_path):
-    write_metrics(tmp_path, [step_line(10, 1020.0), step_line(20, 1060.0)])
-    assert collect(tmp_path).goodput_fraction == pytest.approx(40 / 60)
 
 
 def test_stopped_run_has_no_time_left(tmp_path):

@@ -14,7 +14,7 @@ from test_telemetry_record import evaluation_record, step_record
 
 from trainer.config.run import Recipe
 from trainer.telemetry.build import build_sinks
-from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, StepRecord
+from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, GoodputRecord, StepRecord
 from trainer.telemetry.sinks.base import Fanout, Sink, Thinned
 
 pytestmark = pytest.mark.fast
@@ -53,6 +53,9 @@ class Recorder:
 
     def checkpoint(self, record: CheckpointRecord) -> None:
         self._take(record.step)
+
+    def goodput(self, record: GoodputRecord) -> None:
+        self._take(record.fraction)
 
     def message(self, text: str) -> None:
         self._take(text)

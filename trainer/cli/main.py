@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trainer.cli import (
+    cancel,
     check,
     checkpoint,
     data,
@@ -15,8 +16,10 @@ from trainer.cli import (
     data_which,
     evaluate,
     export,
+    fetch,
     generate,
     quickstart,
+    report,
     status,
     submit,
     train,
@@ -55,8 +58,11 @@ data.app.command("split")(data_shards.split)
 data.app.command("convert")(data_shards.convert)
 data.app.command("which")(data_which.which)
 app.add_typer(data.app, name="data")
+app.command("fetch")(fetch.fetch)
 app.command("submit")(submit.submit)
 app.command("status")(status.status)
+app.command("report")(report.report)
+app.command("cancel")(cancel.cancel)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("export")(export.export)
 app.command("generate")(generate.generate)

@@ -5,55 +5,207 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from trainer.config.run import Recipe
+    from trainer.launch.profile import Profile
+    from trainer.launch.slurm import LaunchPlan
+
+_CHAINS, _SWEEPS, _PROBE = "Chains", "Sweeps", "Site profile"
+
 
 def submit(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe (YAML).")],
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="Recipe (YAML).", show_default=False)] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="launch.slurm.nodes")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=0, help="launch.slurm.gpus_per_node")] = None,
     time: Annotated[str | None, typer.Option(help="launch.slurm.time, e.g. 12:00:00")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; submit and write nothing.")] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="Site profile: a name or a path; none: not even yours", rich_help_panel=_PROBE)
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Write a profile: a short job looks at a node.", rich_help_panel=_PROBE)
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Where --probe writes; default: among your profiles", rich_help_panel=_PROBE)
+    ] = None,
+    chain: Annotated[
+        int | None,
+        typer.Option(min=1, max=100, help="So many jobs, each after the one before", rich_help_panel=_CHAINS),
+    ] = None,
+    array: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="The same as one job array, 1-N%1", rich_help_panel=_CHAINS)
+    ] = None,
+    after: Annotated[
+        str | None, typer.Option(metavar="JOBID[:TYPE]", help="Start after that job's end", rich_help_panel=_CHAINS)
+    ] = None,
+    singleton: Annotated[
+        bool, typer.Option("--singleton", help="After all jobs of this name and user", rich_help_panel=_CHAINS)
+    ] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=V1,V2,...", help="A run for every combination", rich_help_panel=_SWEEPS),
+    ] = None,
+    max_running: Annotated[
+        int | None, typer.Option(min=1, help="Runs of the sweep at once", rich_help_panel=_SWEEPS)
+    ] = None,
 ) -> None:
     """Submit a run to SLURM. The job checkpoints before its time limit and goes back into the queue."""
-    from trainer.launch.slurm import plan, render
-    from trainer.launch.submit import submit as submit_job
-    from trainer.launch.submit import write_script
+    from trainer.core.errors import RefusedError
+    from trainer.launch.submit import dependency
+
+    if probe:
+        _probe(profile, output, recipe, overrides)
+        return
+    if recipe is None:
+        raise typer.BadParameter("give a recipe, or --probe", param_hint="RECIPE")
+    if sum((chain is not None, array is not None, bool(sweep))) > 1:
+        raise RefusedError("--chain, --array and --sweep exclude each other → use one of them")
+    if max_running is not None and not sweep:
+        raise RefusedError("--max-running limits a sweep → add --sweep KEY=V1,V2, or remove it")
+    waits_for = dependency(after, singleton=singleton)
+    settings = [*(overrides or []), *_launch_overrides(nodes, gpus_per_node, time, profile)]
+    site = _profile(recipe, settings)
+    if sweep:
+        _submit_sweep(recipe, settings, site, sweep, max_running, waits_for, dry_run=dry_run)
+        return
+    checked, plan = _plan(recipe, settings, site, array)
+    _hand_over(plan, checked, site, waits_for, chain or 1, dry_run=dry_run)
+
+
+def _plan(recipe: Path, settings: list[str], site: Profile | None, tasks: int | None) -> tuple[Recipe, LaunchPlan]:
+    from trainer.core.errors import RecipeError
+    from trainer.launch.hub_files import not_cached
+    from trainer.launch.slurm import plan
     from trainer.preflight.check import prepare
 
-    settings = [*(overrides or []), *_launch_overrides(nodes, gpus_per_node, time)]
-    checked = prepare(recipe, settings).recipe  # launch.launcher=slurm: at the size that SLURM is asked for
-    run_directory = Path(os.path.abspath(checked.run.directory))
-    script = render(
-        plan(
-            checked,
-            command=(sys.executable, "-m", "trainer", "train", os.path.abspath(recipe), *settings),
-            python=sys.executable,
-            working_directory=Path.cwd(),
-            run_directory=run_directory,
-        )
+    # launch.launcher=slurm: at the size that SLURM is asked for
+    checked = prepare(recipe, settings, None, site.under if site else None).recipe
+    if not checked.launch.slurm.online and (problems := not_cached(checked)):
+        raise RecipeError(problems, title=f"{recipe} refused")
+    shared = settings + (site.for_ranks(checked.launch.slurm) if site else [])
+    return checked, plan(
+        checked,
+        command=(_python(checked), "-m", "trainer", "train", os.path.abspath(recipe), *shared),
+        python=sys.executable,
+        working_directory=Path.cwd(),
+        run_directory=Path(os.path.abspath(checked.run.directory)),
+        array=f"1-{tasks}%1" if tasks is not None else None,
     )
+
+
+def _submit_sweep(
+    recipe: Path, settings: list[str], site: Profile | None, axes: list[str], max_running: int | None,
+    waits_for: str | None, *, dry_run: bool,
+) -> None:  # fmt: skip
+    import dataclasses
+
+    from trainer.core.errors import RefusedError
+    from trainer.launch.submit import make_submittable
+    from trainer.launch.sweep import plan_sweep, read_axes
+    from trainer.launch.sweep_file import write_sweep
+    from trainer.preflight.check import prepare
+
+    values = read_axes(axes)
+    first = [f"{key}={_yaml(among[0])}" for key, among in values.items()]
+    under = site.under if site else None
+
+    def check(overrides: list[str]) -> None:
+        prepare(recipe, overrides, None, under)
+
+    try:
+        checked, plan = _plan(recipe, [*settings, *first], site, None)
+    except RefusedError:  # of the first task: say what is wrong with the others as well
+        plan_sweep("sweep", recipe, settings, values, Path("sweep"), check)
+        raise
+    shared = settings + (site.for_ranks(checked.launch.slurm) if site else [])
+    found = plan_sweep(plan.job_name, Path(os.path.abspath(recipe)), shared, values, plan.run_directory, check)
+    plan = dataclasses.replace(
+        plan,
+        command=(_python(checked), "-m", "trainer.launch.sweep_task", str(plan.run_directory)),
+        array=f"1-{len(found.tasks)}%{min(max_running or len(found.tasks), len(found.tasks))}",
+        sweep=True,
+    )
+    if not dry_run:
+        make_submittable(plan.run_directory, checked.run.group_access)
+        write_sweep(plan.run_directory, found)
+    for task in found.tasks:
+        shown = " ".join(f"{key}={_yaml(value)}" for key, value in task.values.items())
+        typer.echo(f"{task.number:>4}  {task.name}  {shown}", err=True)
+    _hand_over(plan, checked, site, waits_for, 1, dry_run=dry_run)
+
+
+def _hand_over(
+    plan: LaunchPlan, checked: Recipe, site: Profile | None, waits_for: str | None, jobs: int, *, dry_run: bool
+) -> None:
+    """Render the script and submit it, or show it."""
+    from trainer.launch.slurm import render
+    from trainer.launch.submit import submit as submit_job
+    from trainer.launch.submit import submit_chain, write_script
+
+    script = render(plan)
+    typer.echo(f"profile: {site.name} ({site.path})" if site else "profile: none", err=True)
     if dry_run:
         typer.echo(script, nl=False)
         return
-    path = write_script(run_directory, script, checked.run.group_access)
-    job_id = submit_job(path)
-    typer.echo(job_id)
+    path = write_script(plan.run_directory, script, checked.run.group_access)
+    if plan.array is None:
+        ids = submit_chain(path, jobs, waits_for)
+    else:
+        ids = [submit_job(path, dependency=waits_for, array=plan.array)]
+    for job_id in ids:
+        typer.echo(job_id)
     typer.echo(f"submitted {path}; follow it with: trainer status {checked.run.directory}", err=True)
 
 
-def _launch_overrides(nodes: int | None, gpus_per_node: int | None, time: str | None) -> list[str]:
+def _profile(recipe: Path, settings: list[str]) -> Profile | None:
+    """Return the profile that command line or recipe name; what else is wrong with them is said later."""
+    from trainer.config.load import read_mapping
+    from trainer.launch.profile import find_profile
+
+    section = read_mapping(recipe, settings)[0] or {}
+    for key in ("launch", "slurm"):
+        below = section.get(key)
+        section = below if isinstance(below, dict) else {}
+    named = section.get("profile")
+    return find_profile(named if isinstance(named, str) else None, os.environ)
+
+
+def _probe(profile: str | None, output: Path | None, recipe: Path | None, overrides: list[str] | None) -> None:
+    from trainer.core.errors import RefusedError
+    from trainer.launch.probe import probe_site
+
+    if recipe is not None or overrides:
+        raise RefusedError("--probe takes no recipe → give --profile NAME or --output FILE, or neither")
+    raise typer.Exit(probe_site(profile, output, os.environ, lambda text: typer.echo(text, err=True)))
+
+
+def _python(checked: Recipe) -> str:
+    """The interpreter of the ranks: the one that runs this, or the image's."""
+    container = checked.launch.slurm.container
+    return container.python if container is not None else sys.executable
+
+
+def _yaml(value: object) -> str:
+    from trainer.launch.sweep_file import as_yaml
+
+    return as_yaml(value)
+
+
+def _launch_overrides(nodes: int | None, gpus_per_node: int | None, time: str | None, profile: str | None) -> list[str]:
     """The options as recipe overrides, so that the job resolves the same recipe that was checked here."""
     overrides = ["launch.launcher=slurm"]
     if nodes is not None:
         overrides.append(f"launch.slurm.nodes={nodes}")
     if gpus_per_node is not None:
         overrides.append(f"launch.slurm.gpus_per_node={gpus_per_node}")
-    if time is not None:
-        # Quoted: to YAML 24:00:00 is a number in base 60, and 30 is not text.
-        quoted = time.replace("'", "''")
-        overrides.append(f"launch.slurm.time='{quoted}'")
+    # Quoted: to YAML 24:00:00 is a number in base 60, and 30 is not text.
+    for key, text in (("time", time), ("profile", profile)):
+        if text is not None:
+            quoted = text.replace("'", "''")
+            overrides.append(f"launch.slurm.{key}='{quoted}'")
     return overrides

@@ -29,6 +29,10 @@ def train(
         from trainer.launch.mpirun import discover
 
         environment = discover(environment)
+    elif environment.launcher == "slurm":
+        from trainer.launch.address import reachable
+
+        environment = reachable(environment)
     environ.export(environment, os.environ)
 
     from trainer.core.errors import TrainerError

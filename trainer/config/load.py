@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from trainer.config.lock import apply_lock
 from trainer.config.run import Recipe
 from trainer.config.schema import build_recipe, json_schema, recipe_problems
 from trainer.config.yaml_text import YamlTextError, dump_yaml, parse_yaml
@@ -36,8 +37,18 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return recipe
 
 
-def read_mapping(path: str | Path, overrides: Iterable[str] = ()) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """Return the merged, unchecked mapping (None if a file can't be read) and the problems met on the way."""
+def read_mapping(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    under: Mapping[str, Any] | None = None,
+    *,
+    locked: bool = True,
+) -> tuple[dict[str, Any] | None, list[Problem]]:
+    """Return the merged, unchecked mapping (None if a file can't be read) and the problems met on the way.
+
+    ``under`` are values that the recipe is laid over: those of a site profile. With ``locked``, Hugging Face ids are
+    at the commits of the lock beside the recipe, where there is one.
+    """
     recipe, problems = _read_file(Path(path), "recipe")
     if recipe is None:
         return None, problems
@@ -47,11 +58,16 @@ def read_mapping(path: str | Path, overrides: Iterable[str] = ()) -> tuple[dict[
         if base is None:
             return None, problems  # without the base nearly every key would be reported as missing
         recipe = merge(base, recipe)
+    if under is not None:
+        recipe = merge(under, recipe)
     for override in overrides:
         problem = _apply_override(recipe, override)
         if problem is not None:
             problems.append(problem)
-    return _home_expanded(recipe, ""), problems
+    mapping = _home_expanded(recipe, "")
+    if locked:
+        problems += apply_lock(mapping, Path(path))
+    return mapping, problems
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

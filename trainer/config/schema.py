@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from trainer.config.launch import SlurmConfig
 from trainer.config.model import source_rule
 from trainer.config.run import Recipe, length_rule
 from trainer.config.section import Section
@@ -60,6 +62,19 @@ def recipe_problems(mapping: Mapping[str, Any]) -> list[Problem]:
 def build_recipe(mapping: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     """Return the recipe of ``mapping`` and its problems; the recipe is None where there are any."""
     return _validate(mapping)
+
+
+def slurm_section_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """Return what in ``values`` breaks the schema of ``launch.slurm``, with the keys of that section alone."""
+    at = ("launch", "slurm")
+    try:
+        SlurmConfig.model_validate(dict(values))
+    except ValidationError as error:
+        found = [_problem({**details, "loc": (*at, *details["loc"])}) for details in error.errors(include_url=False)]
+        prefix = ".".join(at) + "."
+        distinct = {problem.key: problem for problem in reversed(found)}  # a union reports one error per member
+        return [replace(problem, key=key.removeprefix(prefix)) for key, problem in reversed(distinct.items())]
+    return []
 
 
 def without_refused(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:

@@ -12,8 +12,10 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from trainer.core.errors import Problem, RefusedError
@@ -24,6 +26,9 @@ _RANK_LAUNCHERS: tuple[Launcher, ...] = ("local", "torchrun", "deepspeed", "envi
 
 LAUNCHER_VARIABLE = "TRAINER_LAUNCHER"
 PARENT_VARIABLE = "TRAINER_LAUNCHER_PID"
+ALLOCATED_VARIABLE = "TRAINER_ALLOCATED_SINCE"
+"""Set by the batch script: when it started, in seconds since 1970. older Slurm does not say it itself."""
+THREADS_VARIABLE = "TRAINER_THREADS"
 _OF_RANKS = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK|NODE_RANK|CROSS_RANK|CROSS_SIZE)$"
     r"|MASTER_|TORCHELASTIC_|TRAINER_|OMPI_|PMI_|PMIX_|MPI_|SLURM_(PROCID|LOCALID|NTASKS|STEP|TASK)"
@@ -98,10 +103,22 @@ def export(ranks: RankEnvironment, environment: MutableMapping[str, str]) -> Non
         MASTER_PORT=str(ranks.master_port),
     )
     environment[LAUNCHER_VARIABLE] = ranks.launcher
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks.local_world_size)))
+    derive_threads(environment, ranks.local_world_size)
     interface = gloo_interface(environment, [name for _, name in socket.if_nameindex()])
     if interface is not None:
         environment["GLOO_SOCKET_IFNAME"] = interface
+
+
+def derive_threads(environment: MutableMapping[str, str], local_world_size: int) -> None:
+    """Set ``OMP_NUM_THREADS`` where the user has not, and note that it was not the user."""
+    if "OMP_NUM_THREADS" not in environment:
+        environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // local_world_size))
+        environment[THREADS_VARIABLE] = "derived"
+
+
+def threads_are_derived(environment: Mapping[str, str]) -> bool:
+    """Return whether ``OMP_NUM_THREADS`` is a number of ours, which a rank may correct once it is bound to CPUs."""
+    return environment.get(THREADS_VARIABLE) == "derived"
 
 
 def gloo_interface(environment: Mapping[str, str], interfaces: Sequence[str]) -> str | None:
@@ -137,6 +154,51 @@ def slurm_job(environment: Mapping[str, str]) -> tuple[str, str, int] | None:
     if not job:
         return None
     return environment.get("SLURM_CLUSTER_NAME", ""), job, int(restarts) if _INTEGER.fullmatch(restarts) else 0
+
+
+def allocated_since(environment: Mapping[str, str]) -> float | None:
+    """Return when the job got its nodes, in seconds since 1970; None where nobody says so."""
+    for name in ("SLURM_JOB_START_TIME", ALLOCATED_VARIABLE):
+        value = environment.get(name, "")
+        if _INTEGER.fullmatch(value) and int(value) > 0:
+            return float(value)
+    return None
+
+
+def process_started_unix() -> float:
+    """Return when this process started, to about 10 ms; now, where the system does not say it."""
+    now = time.time()
+    if sys.platform != "linux":
+        return now
+    try:
+        text = Path("/proc/self/stat").read_text(errors="replace")
+        # proc(5): the name in parentheses may hold anything; the start is the 20th field after it.
+        ticks = int(text.rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return now
+    age_seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return now - max(0.0, age_seconds)
+
+
+def host_of_rank(environment: Mapping[str, str], rank: int) -> str | None:
+    """Return the host of another rank of this step of srun, None where only the launcher knows it.
+
+    True of srun's default order, which fills one node after the other.
+    """
+    if environment.get(LAUNCHER_VARIABLE) != "slurm" or environment.get("SLURM_DISTRIBUTION", "block")[:5] != "block":
+        return None
+    try:
+        hosts = expand_hostlist(environment.get("SLURM_STEP_NODELIST", ""))
+        per_node = expand_tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    except ValueError:
+        return None
+    places = [host for host, tasks in zip(hosts, per_node, strict=False) for _ in range(tasks)]
+    return places[rank] if rank < len(places) else None
+
+
+def uses_agent_store(environment: Mapping[str, str]) -> bool:
+    """Return whether torchrun's agent listens at MASTER_PORT, and not rank 0."""
+    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def die_with_parent(environment: Mapping[str, str]) -> None:

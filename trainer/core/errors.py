@@ -63,6 +63,10 @@ class DataError(RefusedError):
     """Token shards, tokenizer or corpus can't be used."""
 
 
+class RendezvousError(TrainerError):
+    """The ranks did not find each other at the start."""
+
+
 class CheckpointError(TrainerError):
     """A checkpoint can't be written, read or matched to this run."""
 

@@ -23,6 +23,20 @@ class StepPreview:
 
 
 @dataclass(frozen=True)
+class Requests:
+    """What one rank asks of all of them when a step begins. Summed with the target counts: no collective of its own."""
+
+    stop: bool = False
+    """End the run after this step."""
+    by_person: bool = False
+    """The stop is a person's: the scheduler is not to start the run again."""
+    save: bool = False
+    """Save after this step."""
+    log_level: int = 0
+    """Log from this step on at this level of Python's logging; 0: as before. Rank 0 alone may ask for it."""
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What a step did. The same on every rank, but for the two durations."""
 
@@ -34,6 +48,12 @@ class StepResult:
     """False: the step was vetoed, weights and optimizer state are as before."""
     stop_requests: int
     """How many ranks asked to stop when the step began."""
+    person_requests: int
+    """How many of them were asked by a person."""
+    save_requests: int
+    """How many ranks asked for a checkpoint when the step began."""
+    log_level: int
+    """The level that rank 0 asked for when the step began; 0: none."""
     source_losses: tuple[float, ...]
     """Summed loss over the target tokens of each source, in nats."""
     source_targets: tuple[int, ...]
@@ -146,7 +166,7 @@ class TrainEngine(Protocol):
         ...
 
     def train_batch(
-        self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, stop_requested: bool
+        self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, requests: Requests
     ) -> StepResult:
         """Run one optimizer step over this rank's micro-batches; ``accept`` may veto it before the update.
 

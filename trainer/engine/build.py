@@ -17,6 +17,7 @@ from trainer.engine.expert_lists import prepare_expert_lists
 from trainer.engine.network import prepare_network, refuse_on_cpu, training_device
 from trainer.engine.optimizers import build_optimizer
 from trainer.engine.pipeline import StagedEngine
+from trainer.engine.rendezvous import roll_call
 from trainer.engine.state_nvme import prepare_nvme
 from trainer.engine.tensor_groups import TensorGroups
 from trainer.engine.upstream import lazy_muon, no_shared_memory_build
@@ -33,8 +34,14 @@ from trainer.parallel.groups import axis_group
 from trainer.parallel.topology import mesh_of
 
 
-def join_group(environment: RankEnvironment, timeout_seconds: float = 600.0) -> None:
-    """Join the process group of all ranks; ``environment`` has been exported to the process already."""
+def join_group(
+    environment: RankEnvironment, timeout_seconds: float = 600.0, rendezvous_timeout_seconds: float = 600.0
+) -> None:
+    """Join the process group of all ranks; ``environment`` has been exported to the process already.
+
+    Raises RendezvousError, naming who is missing, where the ranks don't find each other in time.
+    """
+    store = roll_call(environment, rendezvous_timeout_seconds)
     training_device(environment.local_rank)  # before the first collective: NCCL takes the device that is current then
     no_shared_memory_build.disable()
     lazy_muon.install()
@@ -45,6 +52,7 @@ def join_group(environment: RankEnvironment, timeout_seconds: float = 600.0) -> 
         rank=environment.rank,
         world_size=environment.world_size,
     )
+    del store  # its server had to live until torch's own store shared it
 
 
 def leave_group() -> None:

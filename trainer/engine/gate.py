@@ -19,6 +19,9 @@ class Reading:
     source_losses: tuple[float, ...]
     source_targets: tuple[int, ...]
     stop_requests: int
+    person_requests: int
+    save_requests: int
+    log_level: int
     corrupt_samples: int
     batch_digest: int
 
@@ -37,6 +40,9 @@ def step_result(
         source_losses=reading.source_losses,
         source_targets=reading.source_targets,
         stop_requests=reading.stop_requests,
+        person_requests=reading.person_requests,
+        save_requests=reading.save_requests,
+        log_level=reading.log_level,
         corrupt_samples=reading.corrupt_samples,
         batch_digest=reading.batch_digest,
     )

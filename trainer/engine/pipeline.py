@@ -14,7 +14,7 @@ from torch import distributed, nn
 
 from trainer.config.optimizer import OptimizerConfig
 from trainer.data.batches import MicroBatch
-from trainer.engine.base import Accept, StateReader, StateSlice, StepResult
+from trainer.engine.base import Accept, Requests, StateReader, StateSlice, StepResult
 from trainer.engine.gate import Gate, Reading, step_result
 from trainer.engine.inputs import model_inputs
 from trainer.engine.muon import Muon
@@ -117,7 +117,7 @@ class StagedEngine:
         return self._whole.division
 
     def train_batch(
-        self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, stop_requested: bool
+        self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, requests: Requests
     ) -> StepResult:
         """Run one optimizer step. See TrainEngine."""
         started = time.perf_counter()
@@ -126,7 +126,7 @@ class StagedEngine:
         totals = StepTotals(
             batches,
             self._num_sources,
-            stop_requested,
+            requests,
             self._device,
             counts=self._place.stage == 0 and self._place.tensor == 0,
         )

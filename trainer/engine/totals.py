@@ -8,7 +8,7 @@ import torch
 from torch import distributed
 
 from trainer.data.batches import DIGEST_BITS, MicroBatch
-from trainer.engine.base import StepPreview
+from trainer.engine.base import Requests, StepPreview
 from trainer.engine.gate import Reading
 
 
@@ -22,7 +22,7 @@ class StepTotals:
         self,
         batches: Sequence[MicroBatch],
         num_sources: int,
-        stop_requested: bool,
+        requests: Requests,
         device: torch.device,
         *,
         counts: bool = True,
@@ -36,7 +36,8 @@ class StepTotals:
             for source, target in zip(self.sources, self.targets, strict=True):
                 counted.index_add_(0, source, (target >= 0).sum(dim=1))
             corrupt, digest = sum(b.num_corrupt for b in batches), sum(b.digest for b in batches)
-        self._totals = torch.cat([counted, torch.tensor([int(stop_requested), corrupt, digest], device=device)])
+        asked = [int(requests.stop), int(requests.by_person), int(requests.save), requests.log_level]
+        self._totals = torch.cat([counted, torch.tensor([*asked, corrupt, digest], device=device)])
         distributed.all_reduce(self._totals)
         self.target_tokens = self._totals[:num_sources].sum().clamp(min=1).float()
         """Of the global batch; at least 1."""
@@ -58,9 +59,10 @@ class StepTotals:
         self._totals[-1] %= 1 << DIGEST_BITS
         grad_norm, *values = torch.cat([first, self.loss_sums, self._totals.double()]).tolist()
         losses = tuple(values[: self._num_sources])
-        *counted, stops, corrupt, digest = (int(value) for value in values[self._num_sources :])
+        counts = [int(value) for value in values[self._num_sources :]]
+        counted, rest = counts[: self._num_sources], counts[self._num_sources :]
         mean = sum(losses) / max(1, sum(counted))
-        return Reading(StepPreview(mean, grad_norm), losses, tuple(counted), stops, corrupt, digest)
+        return Reading(StepPreview(mean, grad_norm), losses, tuple(counted), *rest)
 
 
 def _sources_of(batch: MicroBatch, device: torch.device) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import distributed, nn
 
 from trainer.config.optimizer import OptimizerConfig
 from trainer.data.batches import MicroBatch
-from trainer.engine.base import Accept, StateReader, StateSlice, StepResult
+from trainer.engine.base import Accept, Requests, StateReader, StateSlice, StepResult
 from trainer.engine.expert_groups import ExpertGroups
 from trainer.engine.gate import Gate, step_result
 from trainer.engine.inputs import model_inputs
@@ -110,7 +110,7 @@ class ZeroEngine:
         return []
 
     def train_batch(
-        self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, stop_requested: bool
+        self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, requests: Requests
     ) -> StepResult:
         """Run one optimizer step. See TrainEngine."""
         started = time.perf_counter()
@@ -120,7 +120,7 @@ class ZeroEngine:
         self._network.train()
         set_learning_rate(self._base, learning_rate)
         parts = [self._local(batch) for batch in batches]
-        totals = StepTotals(parts, self._num_sources, stop_requested, self._device, counts=self._place.tensor == 0)
+        totals = StepTotals(parts, self._num_sources, requests, self._device, counts=self._place.tensor == 0)
         # DeepSpeed averages gradients over ranks: undo that, then divide by the global count.
         scale = self._replicas / totals.target_tokens
         boundary = started

@@ -1,65 +1,185 @@
-"""Put the SLURM job that this runs in back into the queue, if the run saved and wants to go on.
+"""The batch script's part in a run's life: whether to start, and what to do when the ranks have ended.
 
-``python -m trainer.launch.requeue RUN_DIR --since UNIX_SECONDS``: the last line of slurm/train.sbatch.
+``python -m trainer.launch.requeue begin|limit|end RUN_DIR``, called by slurm/train.sbatch inside the job.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import os
+import signal
 import sys
-from collections.abc import Mapping
+import time
 from pathlib import Path
 
-from trainer.core.errors import EXIT_REQUEUE
-from trainer.core.status_file import read_status
-from trainer.launch.slurm_commands import SlurmCommandError, requeue_job, show_state
+from trainer.core.errors import EXIT_DO_NOT_RESTART, EXIT_OK, EXIT_REFUSED, RefusedError
+from trainer.core.hostlist import expand_hostlist
+from trainer.core.run_lock import refuse_if_held
+from trainer.launch import restart_record
+from trainer.launch.attempt_facts import JobPlace, finished_unix, newest_step, say_failed
+from trainer.launch.controller import Patience
+from trainer.launch.decision import MAXIMUM_WITHOUT_PROGRESS, no_progress
+from trainer.launch.excluded_nodes import note_suspects
+from trainer.launch.job_end import JobEnd
+from trainer.launch.restart_record import Attempt
+from trainer.launch.slurm_commands import SlurmCommandError, nodes_of, requeue_job, show_job
 
-MAXIMUM_RESTARTS = 100
-"""A bound on what a run that never advances may burn; a long run at 24 h a job ends far below it."""
-_CLOCK_SLACK_SECONDS = 5
+EXIT_NOTHING_TO_DO = 3
+"""Of ``begin``: the run has finished, the job may end with 0."""
+_ORPHAN_SECONDS = 120.0
+"""How long a job that SLURM started again waits for ranks of its former self on a node that could not be reached."""
 
 
-def reason_not_to_requeue(run_directory: Path, since_unix: float, environment: Mapping[str, str]) -> str | None:
-    """Return why the job must not go back into the queue, None where it should.
+def begin(run_directory: Path, place: JobPlace) -> int:
+    """Mark a new attempt in the log and say whether it has anything to do: 0, or the code to end with.
 
-    status.json is the authority on how the run ended, if it was written by this attempt (``since_unix``): one left by
-    an earlier attempt would requeue a job that fails at start, for ever.
+    Notes how the attempt before ended if it could not say so itself: its batch host died.
     """
-    status = read_status(run_directory)
-    if status is None:
-        return "the run left no status.json"
-    if status.get("state") != "stopped" or status.get("exit_code") != EXIT_REQUEUE:
-        return f"the run ended with state {status.get('state')}, exit code {status.get('exit_code')}"
-    updated = status.get("updated_unix")
-    if not isinstance(updated, int | float) or updated < since_unix - _CLOCK_SLACK_SECONDS:
-        return "status.json was not written by this attempt"
-    restarts = environment.get("SLURM_RESTART_COUNT", "0")
-    if not restarts.isdecimal() or int(restarts) >= MAXIMUM_RESTARTS:
-        return f"it has been restarted {restarts} times (at most {MAXIMUM_RESTARTS})"
+    at = time.strftime("%Y-%m-%d %H:%M:%S")
+    _say(f"===== job {place.job}, restart {place.restart}, nodes {place.nodes}, {at} =====")
+    attempts = restart_record.read(run_directory)
+    since = _ordered_unix(place, attempts)
+    done = finished_unix(run_directory)
+    if done is not None and since is not None and done >= since:
+        _say(f"the run in {run_directory} has finished: nothing to do")
+        return EXIT_NOTHING_TO_DO
+    earlier = attempts[-1] if attempts else None
+    # The rest of a chain or array: what a person submits afterwards begins anew.
+    if earlier is not None and place.restart == 0 and since is not None and _gave_up(earlier, place.job, since):
+        _say(f"not started: job {earlier.job} gave up ({earlier.reason}) after this one was submitted")
+        return EXIT_DO_NOT_RESTART
+    try:
+        _wait_for_orphans(run_directory, _ORPHAN_SECONDS if place.restart else 0.0)
+    except RefusedError as error:
+        _say(str(error))
+        return EXIT_REFUSED
+    step = newest_step(run_directory)
+    lost = _note_lost_attempt(run_directory, place, attempts, step)
+    count = restart_record.restarts_without_progress(restart_record.read(run_directory), place.job, place.restart, step)
+    attempt = Attempt(job=place.job, restart=place.restart, nodes=place.nodes, started_unix=time.time(), step=step)
+    if lost and count > MAXIMUM_WITHOUT_PROGRESS:
+        reason = no_progress(count - 1, step, "the batch script was killed, or its node died")
+        _say(f"job {place.job} not started: {reason}")
+        say_failed(run_directory, EXIT_DO_NOT_RESTART, reason)
+        attempt = dataclasses.replace(
+            attempt, decision="stop", reason=reason, exit_code=EXIT_DO_NOT_RESTART, time_unix=time.time()
+        )
+    with contextlib.suppress(OSError):
+        restart_record.write(run_directory, attempt)
+    return EXIT_OK if attempt.decision == "running" else EXIT_DO_NOT_RESTART
+
+
+def _gave_up(earlier: Attempt, job: str, ordered_unix: float) -> bool:
+    stopped = earlier.decision == "stop" and earlier.exit_code == EXIT_DO_NOT_RESTART
+    return stopped and earlier.job != job and ordered_unix < earlier.time_unix
+
+
+def _ordered_unix(place: JobPlace, attempts: list[Attempt]) -> float | None:
+    """Return when a person asked for this job, as far as that is known: its submission or its first start."""
+    first = restart_record.find(attempts, place.job, 0)
+    if first is not None:
+        return first.started_unix
+    if place.restart:  # submitted before anything that can be found now
+        return 0.0
+    with contextlib.suppress(SlurmCommandError):
+        return show_job(place.job).submitted_unix
     return None
 
 
+def _wait_for_orphans(run_directory: Path, seconds: float) -> None:
+    """Raise RefusedError if another process trains in the directory, once it has had ``seconds`` to end."""
+    deadline, told = time.monotonic() + seconds, False
+    while True:
+        try:
+            return refuse_if_held(run_directory)
+        except RefusedError as error:
+            if time.monotonic() >= deadline:
+                raise
+            if not told:
+                _say(f"waiting for up to {seconds:.0f} s: {error}")
+                told = True
+        time.sleep(1.0)
+
+
+def _note_lost_attempt(run_directory: Path, place: JobPlace, attempts: list[Attempt], step: int) -> bool:
+    """Note that the attempt before ended without a word, if it did, and its nodes that SLURM has lost since."""
+    before = restart_record.find(attempts, place.job, place.restart - 1)
+    if before is None or before.decision != "running":
+        return False
+    suspects: dict[str, str] = {}
+    with contextlib.suppress(SlurmCommandError, ValueError):
+        names = expand_hostlist(before.nodes) if before.nodes else []
+        suspects = {node.name: f"SLURM says {node.state}" for node in nodes_of(names=names) if node.lost}
+    where = f" (node failure: {', '.join(suspects)})" if suspects else ""
+    reason = f"the batch script was killed, or its node died{where}; SLURM has started the job again"
+    _say(f"the attempt before: {reason}")
+    with contextlib.suppress(OSError):
+        note_suspects(run_directory, suspects, place.job)
+        restart_record.write(
+            run_directory, dataclasses.replace(before, decision="lost", reason=reason, step=step, time_unix=time.time())
+        )
+    return True
+
+
+def at_limit(run_directory: Path, place: JobPlace) -> None:
+    """Put a job back into the queue that SLURM is ending because of its time limit or a preemption.
+
+    Called as soon as the batch script gets SIGTERM: SIGKILL may come before the ranks have saved, and a job that is
+    killed then is gone for good. The newest checkpoint is enough to go on. A job that a person cancelled stays ended.
+    """
+    facts = Patience(10.0, _say).ask(lambda: show_job(place.job))
+    by_slurm = facts.reason == "TimeLimit" or facts.state in ("TIMEOUT", "PREEMPTED")
+    if not by_slurm or facts.restarts > place.restart:
+        return
+    step = newest_step(run_directory)
+    attempts = restart_record.read(run_directory)
+    if restart_record.restarts_without_progress(attempts, place.job, place.restart, step) >= MAXIMUM_WITHOUT_PROGRESS:
+        return  # when the ranks have ended in time, this is decided with all that is known
+    requeue_job(place.job)
+    _say(f"job {place.job} is at its time limit or preempted: requeued while the ranks save")
+    attempt = restart_record.find(attempts, place.job, place.restart)
+    if attempt is not None:
+        why = "at the time limit, or preempted, before the ranks had saved"
+        restart_record.write(
+            run_directory,
+            dataclasses.replace(attempt, decision="requeue", reason=why, step=step, time_unix=time.time()),
+        )
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Requeue or say why not. Returns 0 when the job is back in the queue, 1 otherwise."""
+    """Run one of the three; the exit code is what the batch script acts on."""
     parser = argparse.ArgumentParser(prog="python -m trainer.launch.requeue", description=__doc__)
+    parser.add_argument("moment", choices=("begin", "limit", "end"))
     parser.add_argument("run_directory", type=Path)
-    parser.add_argument("--since", type=float, required=True, help="start of this attempt, seconds since 1970")
+    parser.add_argument("--code", type=int, default=0, help="exit code of what started the ranks")
+    parser.add_argument("--max-restarts", type=int, default=100)
+    parser.add_argument("--max-excluded-nodes", type=int, default=2)
+    parser.add_argument("--controller-seconds", type=float, default=600.0)
     options = parser.parse_args(arguments)
-    job_id = os.environ.get("SLURM_JOB_ID", "")
-    why_not = reason_not_to_requeue(options.run_directory, options.since, os.environ)
-    try:
-        if why_not is None:
-            state, reason = show_state(job_id)
-            # scancel leaves the job COMPLETING without a reason; requeueing it would bring back what a person ended.
-            if state != "RUNNING" and reason != "TimeLimit":
-                why_not = f"it is {state}: cancelled"
-        if why_not is None:
-            requeue_job(job_id)
-    except SlurmCommandError as error:
-        why_not = str(error)
-    print(f"trainer: job {job_id} {'requeued' if why_not is None else f'not requeued: {why_not}'}", file=sys.stderr)
-    return 0 if why_not is None else 1
+    # SLURM's answer to a requeue is SIGTERM to the whole job: this, and the commands it calls, must outlive it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    place = JobPlace.here(os.environ)
+    if options.moment == "begin":
+        return begin(options.run_directory, place)
+    if options.moment == "limit":
+        with contextlib.suppress(SlurmCommandError, OSError):
+            at_limit(options.run_directory, place)
+        return EXIT_OK
+    end = JobEnd(
+        options.run_directory,
+        place,
+        max_restarts=options.max_restarts,
+        max_excluded_nodes=options.max_excluded_nodes,
+        patience=Patience(options.controller_seconds, _say),
+        say=_say,
+    )
+    return end.settle(options.code)
+
+
+def _say(text: str) -> None:
+    print(f"trainer: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from trainer.config.run import Recipe
+from trainer.config.slurm import ContainerConfig, has_control_characters, slurm_problems
 from trainer.core.errors import Problem, RefusedError
 from trainer.core.resources import resource_directory
+from trainer.launch.container import in_container, srun_container_options
+from trainer.launch.site import environment_lines, gpu_lines, module_lines
+from trainer.launch.starters import Starter, signal_target, start_line
 
-_TIME = re.compile(r"(?:[0-9]{1,5}-)?[0-9]{1,9}(?::[0-9]{1,2}){0,2}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _PATH = re.compile(r"/[\w./+=@:,~% -]*")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_ARRAY = re.compile(r"1-[0-9]{1,7}%[0-9]{1,7}")
 _PLACEHOLDER = re.compile(r"@([A-Z_]+)@")
-_PATTERNS = {
-    "run.name": (re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"), "letters, digits, '.', '_' and '-'"),
-    "launch.slurm.time": (_TIME, "minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS"),
-    "launch.slurm.partition": (re.compile(r"[A-Za-z0-9_.,-]{1,200}"), "names, separated by commas"),
-    "launch.slurm.account": (re.compile(r"[A-Za-z0-9_.@-]{1,200}"), "one name"),
-    "launch.slurm.qos": (re.compile(r"[A-Za-z0-9_.-]{1,200}"), "one name"),
-    "launch.slurm.constraint": (re.compile(r"[A-Za-z0-9_.,:&|*()\[\]+-]{1,500}"), "features, e.g. a100&ib"),
-    "launch.slurm.memory_per_node": (re.compile(r"[0-9]{1,12}[KMGTkmgt]?"), "a number with K, M, G or T"),
-    "launch.slurm.exclude": (re.compile(r"[A-Za-z0-9_.,\[\]-]{1,5000}"), "a host list, e.g. node[1-3,7]"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +34,8 @@ class LaunchPlan:
     gpus_per_node: int = 0
     """0: no GPUs are asked for."""
     time: str
+    gres_style: str = "gpus-per-node"
+    gpu_type: str | None = None
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -47,8 +45,35 @@ class LaunchPlan:
     exclude: str | None = None
     signal_seconds: int = 120
     """Seconds before the time limit at which SLURM sends USR1 to the ranks."""
+    reservation: str | None = None
+    licenses: str | None = None
+    mail_type: str | None = None
+    mail_user: str | None = None
+    sbatch_options: Mapping[str, str | int | bool] = field(default_factory=dict[str, str | int | bool])
+    modules: tuple[str, ...] = ()
+    end_seconds: int = 120
+    """That the ranks may take to end after one has failed."""
+    max_restarts: int = 100
+    """Failures after which the job starts again by itself."""
+    max_excluded_nodes: int = 2
+    """Nodes that are left out at most because the run failed on them."""
+    controller_seconds: int = 600
+    """How long the job tries to reach a controller that does not answer."""
     setup: tuple[str, ...] = ()
     """Shell lines of the recipe, written as they are."""
+    environment: Mapping[str, str | int] = field(default_factory=dict[str, str | int])
+    network_interface: str | None = None
+    container: ContainerConfig | None = None
+    array: str | None = None
+    """Tasks of a job array, e.g. 1-5%1; None: one job."""
+    sweep: bool = False
+    """Each task of the array has a run directory of its own: ``run_directory``/JOB_NAME-0001..."""
+    starter: Starter = "srun"
+    """What starts the ranks in the job."""
+    mpi: Literal["none", "pmix", "pmi2"] = "none"
+    """``srun --mpi``."""
+    online: bool = False
+    """False: the Hugging Face libraries of the ranks ask no Hub."""
     command: tuple[str, ...]
     """What each rank runs."""
     python: str
@@ -65,29 +90,24 @@ class LaunchPlan:
 
 
 def plan(
-    recipe: Recipe, *, command: tuple[str, ...], python: str, working_directory: Path, run_directory: Path
-) -> LaunchPlan:
+    recipe: Recipe, *, command: tuple[str, ...], python: str, working_directory: Path, run_directory: Path,
+    array: str | None = None, sweep: bool = False,
+) -> LaunchPlan:  # fmt: skip
     """Return what ``launch.slurm`` of the recipe asks for, running ``command`` once per rank."""
     slurm = recipe.launch.slurm
+    shared = {
+        each.name: getattr(slurm, each.name) for each in fields(LaunchPlan) if each.name in type(slurm).model_fields
+    }
     return LaunchPlan(
         job_name=recipe.run.name,
-        nodes=slurm.nodes,
         ranks_per_node=ranks_per_node(recipe),
-        gpus_per_node=slurm.gpus_per_node,
-        time=slurm.time,
-        partition=slurm.partition,
-        account=slurm.account,
-        qos=slurm.qos,
-        constraint=slurm.constraint,
-        cpus_per_task=slurm.cpus_per_task,
-        memory_per_node=slurm.memory_per_node,
-        exclude=slurm.exclude,
-        signal_seconds=slurm.signal_seconds,
-        setup=slurm.setup,
         command=command,
         python=python,
         working_directory=working_directory,
         run_directory=run_directory,
+        array=array,
+        sweep=sweep,
+        **shared,
     )
 
 
@@ -107,24 +127,53 @@ def render(plan: LaunchPlan) -> str:
         raise RefusedError(problems, title="the SLURM job can't be written")
     filled = {
         "DIRECTIVES": "\n".join(f"#SBATCH --{option}" for option in _directives(plan)),
+        "SITE": "\n".join(_site_lines(plan)),
         "SETUP": "\n".join(plan.setup),
-        "START": f"srun {' '.join(_srun_options(plan))} \\\n  {shlex.join(plan.command)}",
+        "START": _start(plan),
         "PYTHON": shlex.quote(plan.python),
-        "RUN_DIRECTORY": shlex.quote(str(plan.run_directory)),
+        "RUN_DIRECTORY": '"$run"',
+        "FIND_RUN_DIRECTORY": f"run={_run_directory(plan)}",
+        "END_SECONDS": str(plan.end_seconds),
+        "LIMITS": " ".join(_limits(plan)),
     }
     template = (resource_directory("slurm") / "train.sbatch").read_text(encoding="utf-8")
     # One pass, so that a value that looks like a placeholder stays what it is.
     return _PLACEHOLDER.sub(lambda match: filled[match[1]], template)
 
 
+def _site_lines(plan: LaunchPlan) -> list[str]:
+    lines = [*gpu_lines(plan.gres_style), *module_lines(plan.modules)]
+    return lines + environment_lines(plan.environment, plan.network_interface)
+
+
+def _run_directory(plan: LaunchPlan) -> str:
+    """Return the shell word of the run directory; a task of a sweep has its own."""
+    whole = shlex.quote(str(plan.run_directory))
+    if not plan.sweep:
+        return whole
+    return f'{whole}/{plan.job_name}-"$(printf %04d "$SLURM_ARRAY_TASK_ID")"'
+
+
+def _start(plan: LaunchPlan) -> str:
+    """Return the line that starts the ranks, in their container."""
+    directories = (plan.working_directory, plan.run_directory)
+
+    def contained(command: tuple[str, ...]) -> tuple[str, ...]:
+        return in_container(command, plan.container, directories, has_gpus=plan.gpus_per_node > 0)
+
+    return start_line(plan, srun_container_options(plan.container, directories, plan.environment), contained)
+
+
 def _directives(plan: LaunchPlan) -> list[str]:
-    # SLURM expands %j here; a percent sign of the path itself is doubled.
-    output = str(plan.run_directory / "logs").replace("%", "%%") + "/slurm-%j.out"
+    # SLURM expands %j, %A and %a here; a percent sign of the path itself is doubled.
+    job = "%A_%a" if plan.array else "%j"
+    output = str(plan.run_directory / "logs").replace("%", "%%") + f"/slurm-{job}.out"
     options: list[tuple[str, str | int | None]] = [
         ("job-name", plan.job_name),
+        ("array", plan.array),
         ("nodes", plan.nodes),
         ("ntasks-per-node", plan.ranks_per_node),
-        ("gpus-per-node", plan.gpus_per_node or None),
+        _gpus(plan),
         ("cpus-per-task", plan.cpus_per_task),
         ("mem", plan.memory_per_node),
         ("time", plan.time),
@@ -133,12 +182,27 @@ def _directives(plan: LaunchPlan) -> list[str]:
         ("qos", plan.qos),
         ("constraint", plan.constraint),
         ("exclude", plan.exclude),
+        ("reservation", plan.reservation),
+        ("licenses", plan.licenses),
+        ("mail-type", plan.mail_type),
+        ("mail-user", plan.mail_user),
         ("chdir", _quoted(str(plan.working_directory))),
         ("output", _quoted(output)),
-        ("signal", f"USR1@{plan.signal_seconds}"),  # without B: the ranks get it, on every node
+        ("signal", f"{signal_target(plan)}USR1@{plan.signal_seconds}"),
     ]
+    lines = [f"{name}={value}" for name, value in options if value is not None]
+    lines += [name if value is True else f"{name}={value}" for name, value in plan.sbatch_options.items()]
     # Without append SLURM empties the output file at every requeue.
-    return [f"{name}={value}" for name, value in options if value is not None] + ["requeue", "open-mode=append"]
+    return [*lines, "requeue", "open-mode=append"]
+
+
+def _gpus(plan: LaunchPlan) -> tuple[str, str | int | None]:
+    if plan.gpus_per_node == 0:
+        return "gpus-per-node", None
+    kind = f"{plan.gpu_type}:" if plan.gpu_type else ""
+    if plan.gres_style == "gres":
+        return "gres", f"gpu:{kind}{plan.gpus_per_node}"
+    return plan.gres_style, f"{kind}{1 if plan.gres_style == 'gpus-per-task' else plan.gpus_per_node}"
 
 
 def _quoted(path: str) -> str:
@@ -146,52 +210,45 @@ def _quoted(path: str) -> str:
     return f'"{path}"' if " " in path else path
 
 
-def _srun_options(plan: LaunchPlan) -> list[str]:
-    # KillOnBadExit is 0 by default: without it a job with a dead rank hangs until its time limit.
-    options = [
-        f"--nodes={plan.nodes}",
-        f"--ntasks={plan.world_size}",
-        f"--ntasks-per-node={plan.ranks_per_node}",
-        "--kill-on-bad-exit=1",
-        "--wait=60",
-    ]
-    # Since Slurm 22.05 srun does not inherit it from sbatch.
-    return options + ([f"--cpus-per-task={plan.cpus_per_task}"] if plan.cpus_per_task else [])
+def _limits(plan: LaunchPlan) -> list[str]:
+    """Return the options by which the script's last line is told when to give up."""
+    names = ("max_restarts", "max_excluded_nodes", "controller_seconds")
+    return [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(plan, name)))]
 
 
 def _problems(plan: LaunchPlan) -> list[Problem]:
     problems: list[Problem] = []
-    values: dict[str, str | None] = {
-        "run.name": plan.job_name,
-        "launch.slurm.time": plan.time,
-        "launch.slurm.partition": plan.partition,
-        "launch.slurm.account": plan.account,
-        "launch.slurm.qos": plan.qos,
-        "launch.slurm.constraint": plan.constraint,
-        "launch.slurm.memory_per_node": plan.memory_per_node,
-        "launch.slurm.exclude": plan.exclude,
-    }
-    for key, value in values.items():
-        pattern, meaning = _PATTERNS[key]
-        if value is not None and (not value.isascii() or pattern.fullmatch(value) is None):
-            problems.append(Problem(key, value, f"sbatch takes {meaning} here"))
+    if _NAME.fullmatch(plan.job_name) is None:
+        problems.append(Problem("run.name", plan.job_name, "sbatch takes letters, digits, '.', '_' and '-' here"))
+    problems += slurm_problems(plan)
     for key, number, least in (
         ("launch.slurm.nodes", plan.nodes, 1),
         ("launch.processes", plan.ranks_per_node, 1),
         ("launch.slurm.gpus_per_node", plan.gpus_per_node, 0),
         ("launch.slurm.cpus_per_task", plan.cpus_per_task, 1),
         ("launch.slurm.signal_seconds", plan.signal_seconds, 1),
+        ("launch.slurm.end_seconds", plan.end_seconds, 1),
+        ("launch.slurm.max_restarts", plan.max_restarts, 0),
+        ("launch.slurm.max_excluded_nodes", plan.max_excluded_nodes, 0),
+        ("launch.slurm.controller_seconds", plan.controller_seconds, 0),
     ):
         if number is not None and (type(number) is not int or number < least):
             problems.append(Problem(key, number, f"must be an integer of at least {least}"))
+    if plan.gres_style not in ("gpus-per-node", "gres", "gpus-per-task"):
+        rule = "must be gpus-per-node, gres or gpus-per-task"
+        problems.append(Problem("launch.slurm.gres_style", plan.gres_style, rule))
+    if plan.array is not None and _ARRAY.fullmatch(plan.array) is None:
+        problems.append(Problem("array", plan.array, "must be 1-TASKS%RUNNING"))
     for key, path in (("run.directory", plan.run_directory), ("working directory", plan.working_directory)):
         if _PATH.fullmatch(str(path)) is None:
             rule = "SLURM scripts take absolute paths of letters, digits, spaces and ./_-+=@:,~% only"
             problems.append(Problem(key, str(path), rule, "choose another directory"))
-    words = [("command", word) for word in (*plan.command, plan.python)]
-    for key, text in [*words, *(("launch.slurm.setup", line) for line in plan.setup)]:
-        if _CONTROL.search(text.replace("\t", " ")):
-            problems.append(Problem(key, text, "must be one line without control characters"))
+        elif plan.container is not None and re.search(r"[:, ]", str(path)):
+            rule = "can't be mounted into a container: it has a space, comma or colon"
+            problems.append(Problem(key, str(path), rule, "choose another directory"))
+    for text in (*plan.command, plan.python):
+        if has_control_characters(text):
+            problems.append(Problem("command", text, "must be one line without control characters"))
     if not plan.command:
         problems.append(Problem("command", None, "is empty"))
     return problems

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import os
 import re
 import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from trainer.core.errors import TrainerError
@@ -12,6 +17,9 @@ from trainer.core.errors import TrainerError
 _SUBMIT_SECONDS = 60.0
 """A busy controller answers late; after a time-out the job may or may not be queued, so this is generous."""
 _ASK_SECONDS = 15.0
+_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,200}")
+_MAXIMUM_SHOWN = 20
+"""scontrol is asked job by job."""
 _JOB_ID = re.compile(r"[0-9]{1,12}(?:_[0-9]{1,9})?")
 
 
@@ -28,36 +36,208 @@ def is_job_id(text: str) -> bool:
     return _JOB_ID.fullmatch(text) is not None
 
 
-def submit_script(script: Path) -> str:
+def submit_script(script: Path, dependency: str | None = None) -> str:
     """Hand ``script`` to sbatch and return the job id. Raises SlurmCommandError."""
-    answer = _run(["sbatch", "--parsable", str(script)], _SUBMIT_SECONDS)
+    options = [f"--dependency={dependency}"] if dependency else []
+    answer = _run(["sbatch", "--parsable", *options, str(script)], _SUBMIT_SECONDS)
     job_id = answer.strip().split("\n")[-1].split(";")[0]  # "id;cluster" on a federation
     if not is_job_id(job_id):
         raise SlurmCommandError(f"sbatch answered {answer.strip()!r} instead of a job id")
     return job_id
 
 
-def show_state(job_id: str) -> tuple[str, str]:
-    """Return (state, reason) of a job that the controller still knows. Raises SlurmCommandError."""
+@dataclass(frozen=True, kw_only=True)
+class JobFacts:
+    """What the controller says of a job."""
+
+    state: str
+    """RUNNING, COMPLETING, CANCELLED, ..."""
+    reason: str
+    """TimeLimit where the job was ended by it; most other ends give none."""
+    restarts: int
+    """Raised as soon as the job is to go back into the queue, while it still ends."""
+    nodes: int
+    partition: str
+    features: str
+    """Constraint; empty: none."""
+    excluded: str
+    """Host list; empty: none."""
+    submitted_unix: float | None
+    """When it was submitted, or requeued."""
+
+
+def show_job(job_id: str) -> JobFacts:
+    """Return the facts of a job that the controller still knows. Raises SlurmCommandError."""
     answer = _run(["scontrol", "show", "job", _checked(job_id), "-o"], _ASK_SECONDS)
-    fields = dict(re.findall(r"(?:^|\s)(JobState|Reason)=(\S*)", answer))
-    return fields.get("JobState", ""), fields.get("Reason", "")
+    names = "JobState|Reason|Restarts|NumNodes|Partition|Features|ExcNodeList|SubmitTime"
+    fields = dict(re.findall(rf"(?:^|\s)({names})=(\S*)", answer))
+    text = {name: "" if value in ("(null)", "None", "N/A", "Unknown") else value for name, value in fields.items()}
+    counts = {name: re.match(r"[0-9]{1,9}", text.get(name, "")) for name in ("Restarts", "NumNodes")}
+    submitted = None
+    with contextlib.suppress(ValueError):
+        submitted = datetime.fromisoformat(text.get("SubmitTime", "")).timestamp()
+    return JobFacts(
+        state=text.get("JobState", ""),
+        reason=text.get("Reason", ""),
+        restarts=int(counts["Restarts"][0]) if counts["Restarts"] else 0,
+        nodes=int(counts["NumNodes"][0]) if counts["NumNodes"] else 0,  # "2" or "2-4"
+        partition=text.get("Partition", ""),
+        features=text.get("Features", ""),
+        excluded=text.get("ExcNodeList", ""),
+        submitted_unix=submitted,
+    )
 
 
-def queue_state(job_id: str) -> str | None:
-    """Return the state of a job as squeue gives it, None when the queue no longer has it. Raises SlurmCommandError."""
+@dataclass(frozen=True)
+class Node:
+    """A node as the controller sees it."""
+
+    name: str
+    state: str
+    features: frozenset[str]
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is down or does not answer."""
+        return self.state.startswith(("down", "fail", "unk")) or "*" in self.state
+
+    @property
+    def usable(self) -> bool:
+        """Whether jobs may be put on it, now or when others have ended."""
+        return not self.lost and self.state.startswith(("idle", "mix", "alloc", "comp", "plnd", "resv"))
+
+
+def nodes_of(*, partition: str | None = None, names: Sequence[str] = ()) -> list[Node]:
+    """Return the nodes of a partition (or several, with commas), or those named. Raises SlurmCommandError."""
+    choice = ["-p", partition] if partition else []
+    choice += ["-n", ",".join(names)] if names else []
+    answer = _run(["sinfo", "-h", "-N", *choice, "-o", "%N|%t|%f"], _ASK_SECONDS)
+    found: dict[str, Node] = {}
+    for line in answer.splitlines():
+        name, state, features = (*line.strip().split("|"), "", "")[:3]
+        found[name] = Node(name, state.lower(), frozenset(features.split(",")))
+    return list(found.values())
+
+
+def queue_json(job_ids: Sequence[str]) -> str:
+    """Return what ``squeue --json`` says; some releases print all jobs of the cluster. Raises SlurmCommandError."""
+    return _run(["squeue", "--json", "-t", "all", "-j", _list(job_ids)], _ASK_SECONDS)
+
+
+def queue_lines(job_ids: Sequence[str]) -> str:
+    """Return id|state|reason|start|end|nodes|user of jobs and array tasks, a line each. Raises SlurmCommandError."""
+    return _run(["squeue", "-h", "-r", "-t", "all", "-j", _list(job_ids), "-o", "%i|%T|%r|%S|%e|%N|%u"], _ASK_SECONDS)
+
+
+def show_jobs(job_ids: Sequence[str]) -> str:
+    """Return what ``scontrol show job`` says of the jobs it knows, a line each. Raises SlurmCommandError."""
+    lines: list[str] = []
+    for job_id in job_ids[:_MAXIMUM_SHOWN]:
+        try:
+            lines.append(_run(["scontrol", "show", "job", "-o", _checked(job_id)], _ASK_SECONDS))
+        except SlurmRefusedError as error:
+            if "Invalid job id" not in str(error):
+                raise
+    return "\n".join(lines)
+
+
+def accounted_jobs(job_ids: Sequence[str]) -> str:
+    """Return id|state|start|end|nodes|user from the accounts, a line each. Raises SlurmCommandError without any."""
+    form = "--format=JobID,State,Start,End,NodeList,User"
+    return _run(["sacct", "-n", "-P", "-X", form, "-j", _list(job_ids)], _ASK_SECONDS)
+
+
+def cancel_jobs(job_ids: Sequence[str]) -> None:
+    """End jobs: those that wait at once, those that run by SIGTERM and, KillWait later, SIGKILL.
+
+    Raises SlurmCommandError.
+    """
+    _run(["scancel", *(_checked(job_id) for job_id in job_ids)], _SUBMIT_SECONDS)
+
+
+def cluster_config() -> dict[str, str]:
+    """Return ``scontrol show config`` by name. Raises SlurmCommandError."""
+    answer = _run(["scontrol", "show", "config"], _ASK_SECONDS)
+    return dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", answer, re.MULTILINE))
+
+
+def node_kinds() -> list[tuple[str, str, str, str, str, str]]:
+    """Return (partition, * after the default; time limit; nodes; CPUs; MB; gres), a row for nodes that are alike.
+
+    Raises SlurmCommandError.
+    """
+    answer = _run(["sinfo", "-h", "-a", "-o", "%P|%l|%D|%c|%m|%G"], _ASK_SECONDS)
+    rows = [line.strip().split("|") for line in answer.splitlines()]
+    return [(row[0], row[1], row[2], row[3], row[4], row[5]) for row in rows if len(row) == 6]
+
+
+def mpi_types() -> list[str]:
+    """Return what ``srun --mpi`` takes; nothing where it can't be asked."""
     try:
-        answer = _run(["squeue", "-h", "-t", "all", "-j", _checked(job_id), "-o", "%T"], _ASK_SECONDS)
-    except SlurmRefusedError as error:
-        if "Invalid job id" in str(error):
-            return None
-        raise
-    return answer.split("\n")[0].strip() or None
+        answer = _run(["srun", "--mpi=list"], _ASK_SECONDS, errors_too=True)
+    except SlurmCommandError:
+        return []
+    return [word for line in answer.splitlines() if re.fullmatch(r"\s+\w+", line) for word in line.split()]
+
+
+def srun_has_option(option: str) -> bool:
+    """Return whether srun knows ``option``: plugins add theirs."""
+    try:
+        return option in _run(["srun", "--help"], _ASK_SECONDS)
+    except SlurmCommandError:
+        return False
+
+
+def accounts_of_user() -> list[str]:
+    """Return the accounts this user may charge; nothing where the cluster keeps none."""
+    form = ["format=account", f"user={getpass.getuser()}"]
+    try:
+        answer = _run(["sacctmgr", "-n", "-P", "show", "associations", *form], _ASK_SECONDS)
+    except SlurmCommandError:
+        return []
+    return sorted({line.strip() for line in answer.splitlines() if line.strip()})
+
+
+def accepts_options(options: Sequence[str]) -> bool:
+    """Return whether sbatch would take a job with these options. Nothing is submitted."""
+    try:
+        _run(["sbatch", "--test-only", *options, "--wrap=true"], _SUBMIT_SECONDS)
+    except SlurmRefusedError:
+        return False
+    return True
+
+
+def test_script(text: str) -> None:
+    """Raise SlurmRefusedError where sbatch would not take this batch script. Nothing is submitted."""
+    _run(["sbatch", "--test-only"], _SUBMIT_SECONDS, input_text=text)
+
+
+def run_on_node(options: Sequence[str], command: Sequence[str], seconds: float) -> str:
+    """Run a command as one task on one node and return what it printed. Raises SlurmCommandError."""
+    return _run(["srun", "--nodes=1", "--ntasks=1", "--quiet", *options, *command], seconds)
+
+
+def node_address(node: str) -> str | None:
+    """Return the address by which SLURM reaches a node, None where it knows none. Raises SlurmCommandError."""
+    if _NODE_NAME.fullmatch(node) is None:
+        return None
+    answer = _run(["scontrol", "show", "node", node, "-o"], _ASK_SECONDS)
+    found = re.search(r"(?:^|\s)NodeAddr=(\S+)", answer)
+    return found[1] if found else None
 
 
 def requeue_job(job_id: str) -> None:
     """Put a job back into the queue. Raises SlurmCommandError."""
     _run(["scontrol", "requeue", _checked(job_id)], _ASK_SECONDS)
+
+
+def exclude_nodes(job_id: str, hosts: Sequence[str]) -> None:
+    """Let a job that waits in the queue, or is on its way there, avoid exactly ``hosts``. Raises SlurmCommandError."""
+    _run(["scontrol", "update", f"JobId={_checked(job_id)}", f"ExcNodeList={','.join(hosts)}"], _ASK_SECONDS)
+
+
+def _list(job_ids: Sequence[str]) -> str:
+    return ",".join(_checked(job_id) for job_id in job_ids)
 
 
 def _checked(job_id: str) -> str:
@@ -66,7 +246,7 @@ def _checked(job_id: str) -> str:
     return job_id
 
 
-def _run(command: list[str], seconds: float) -> str:
+def _run(command: list[str], seconds: float, *, input_text: str | None = None, errors_too: bool = False) -> str:
     # The variables of a job we run in (SLURM_NTASKS...) would steer the new one. The cluster's address and a site's
     # defaults (SBATCH_ACCOUNT...) stay.
     environment = {
@@ -76,8 +256,9 @@ def _run(command: list[str], seconds: float) -> str:
     }
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=seconds, env=environment, check=False
-        )
+            command, capture_output=True, text=True, errors="replace", timeout=seconds, env=environment, check=False,
+            **({"stdin": subprocess.DEVNULL} if input_text is None else {"input": input_text}),
+        )  # fmt: skip
     except FileNotFoundError:
         raise SlurmCommandError(
             f"{command[0]} is not installed here: run this on a login node of the cluster"
@@ -87,4 +268,4 @@ def _run(command: list[str], seconds: float) -> str:
     if done.returncode != 0:
         said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
         raise SlurmRefusedError(f"{command[0]} refused: {said}")
-    return done.stdout
+    return done.stdout + done.stderr if errors_too else done.stdout

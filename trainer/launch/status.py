@@ -1,4 +1,4 @@
-"""Where a run stands, read from its directory and from SLURM. Reads only, and copes with anything half-written."""
+"""Where a run or a sweep stands, read from its directory and from SLURM. Reads only, copes with the half-written."""
 
 from __future__ import annotations
 
@@ -15,12 +15,29 @@ from trainer.checkpoint.layout import step_directories
 from trainer.core.errors import RefusedError
 from trainer.core.run_lock import holder
 from trainer.core.status_file import read_status
-from trainer.core.units import format_count, format_duration
-from trainer.launch.slurm_commands import SlurmCommandError, queue_state
+from trainer.launch.queue import Job, Queue, ask_queue
 from trainer.launch.submit import recorded_jobs
+from trainer.launch.sweep_file import Sweep, Task, task_of_sweep
+from trainer.telemetry.attempt_files import read_attempts
+from trainer.telemetry.goodput import goodput
 
 _RECENT_STEPS = 20
 """Steps whose mean time the remaining time is estimated from."""
+_SHOWN_JOBS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """What ended the last attempt that failed (RUN/failure.json)."""
+
+    kind: str | None
+    """hang, killed, exception..."""
+    cause: str | None
+    fix: str | None
+    rank: int | None
+    host: str | None
+    step: int | None
+    time_unix: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +52,7 @@ class RunStatus:
     checkpoints: list[int]
     """Steps of the committed checkpoints, oldest first."""
     restarts: int | None
+    """Starts of the run after the first, whoever made them."""
     exit_code: int | None
     reason: str | None
     updated_unix: float | None
@@ -43,40 +61,87 @@ class RunStatus:
     best_step: int | None
     tokens_per_second: float | None
     remaining_seconds: float | None
+    finish_unix: float | None
+    """When the last step is expected, while the run runs."""
     goodput_fraction: float | None
-    """Time in steps that count, over the wall-clock time from the first start to the last step, waits included."""
+    """Time in steps that count, over the time that was allocated to the run."""
+    goodput: dict[str, Any] | None
+    """Where all of the time went, as in status.json."""
+    failure: Failure | None
     job_id: str | None
+    """The job that runs, else the one that waits, else the newest."""
     job_state: str | None
     """As squeue says it (PENDING, RUNNING...); None when the queue no longer has the job."""
     job_note: str | None
     """Why ``job_state`` is unknown."""
+    jobs: list[Job]
+    """All recorded jobs that SLURM still knows, oldest first."""
 
     def to_json(self) -> str:
         """Return one JSON object."""
         return json.dumps(asdict(self), indent=2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepStatus:
+    """Where the runs of a sweep stand."""
+
+    sweep_directory: str
+    tasks: list[tuple[Task, RunStatus]]
+    job_note: str | None
+
+    def to_json(self) -> str:
+        """Return one JSON object."""
+        tasks = [{"task": task.number, "values": task.values, **asdict(status)} for task, status in self.tasks]
+        return json.dumps({"sweep_directory": self.sweep_directory, "tasks": tasks}, indent=2)
+
+
 def collect(run_directory: Path) -> RunStatus:
     """Return where the run in ``run_directory`` stands. Raises RefusedError where there is no run."""
-    if not run_directory.is_dir():
+    if not run_directory.is_dir() and task_of_sweep(run_directory.absolute()) is None:
         raise RefusedError(f"{run_directory} is not a directory → give the run.directory of a recipe")
+    ids = recorded_jobs(run_directory.absolute())[-_SHOWN_JOBS:]
+    status = _collect(run_directory, ids, ask_queue(ids) if ids else Queue())
+    if status is None:
+        raise RefusedError(f"{run_directory} holds no run: no status.json, metrics.jsonl, checkpoint or SLURM job")
+    return status
+
+
+def collect_sweep(directory: Path, sweep: Sweep) -> SweepStatus:
+    """Return where the runs of the sweep in ``directory`` stand."""
+    arrays = recorded_jobs(directory)[-_SHOWN_JOBS:]
+    queue = ask_queue(arrays) if arrays else Queue()
+    tasks: list[tuple[Task, RunStatus]] = []
+    for task in sweep.tasks:
+        ids = [f"{array}_{task.number}" for array in arrays]
+        status = _collect(directory / task.name, ids, queue)
+        if status is not None:
+            tasks.append((task, status))
+    return SweepStatus(sweep_directory=str(directory), tasks=tasks, job_note=queue.note)
+
+
+def _collect(run_directory: Path, ids: list[str], queue: Queue) -> RunStatus | None:
     said = read_status(run_directory)
-    jobs = recorded_jobs(run_directory)
     metrics = _read_metrics(run_directory / "metrics.jsonl")
     checkpoints = [step for step, _ in step_directories(run_directory)]
-    if said is None and not jobs and metrics is None and not checkpoints:
-        raise RefusedError(f"{run_directory} holds no run: no status.json, metrics.jsonl, checkpoint or SLURM job")
-    fields = said or {}
-    metrics = metrics or _Metrics()
+    if said is None and not ids and metrics is None and not checkpoints:
+        return None
+    fields, metrics = said or {}, metrics or _Metrics()
     steps = [step for step in (_whole(fields.get("step")), metrics.step) if step is not None]
     step, total = max(steps, default=None), _whole(fields.get("total_steps"))
+    jobs = queue.of(ids)
+    current = _current(jobs)
+    state = _living_state(run_directory, _text(fields.get("state")), current.state if current else None)
     remaining = None
     if fields.get("state") == "running" and step is not None and total is not None and metrics.step_seconds is not None:
         remaining = max(0, total - step) * metrics.step_seconds
-    job_state, job_note = _job_state(jobs[-1]) if jobs else (None, None)
+    spent = goodput(read_attempts(run_directory))
+    note = None
+    if ids and current is None:
+        note = f"unknown ({queue.note})" if queue.note else "no longer in the queue"
     return RunStatus(
         run_directory=str(run_directory),
-        state=_living_state(run_directory, _text(fields.get("state")), job_state),
+        state=state,
         step=step,
         total_steps=total,
         checkpoints=checkpoints,
@@ -89,11 +154,22 @@ def collect(run_directory: Path) -> RunStatus:
         best_step=_whole(fields.get("best_step")),
         tokens_per_second=metrics.tokens_per_second,
         remaining_seconds=remaining,
-        goodput_fraction=metrics.goodput_fraction,
-        job_id=jobs[-1] if jobs else None,
-        job_state=job_state,
-        job_note=job_note,
+        finish_unix=time.time() + remaining if remaining is not None and state == "running" else None,
+        goodput_fraction=spent.fraction if spent else None,
+        goodput=spent.to_json() if spent else None,
+        failure=_read_failure(run_directory),
+        job_id=current.id if current else (ids[-1] if ids else None),
+        job_state=current.state if current else None,
+        job_note=note,
+        jobs=jobs,
     )
+
+
+def _current(jobs: list[Job]) -> Job | None:
+    """Return the job that runs, else the first that waits, else the newest."""
+    running = [job for job in jobs if not job.ended and job.state != "PENDING"]
+    waiting = [job for job in jobs if job.state == "PENDING"]
+    return next(iter([*running, *waiting, *reversed(jobs)]), None)
 
 
 def _living_state(run_directory: Path, said: str | None, job_state: str | None) -> str | None:
@@ -106,48 +182,30 @@ def _living_state(run_directory: Path, said: str | None, job_state: str | None) 
     return said
 
 
-def describe(status: RunStatus) -> str:
-    """Return ``status`` as lines for a person."""
-    rows: list[tuple[str, str | None]] = [("run", status.run_directory), ("state", _state_line(status))]
-    if status.step is not None:
-        total = f" of {status.total_steps}" if status.total_steps else ""
-        left = f", {format_duration(status.remaining_seconds)} left" if status.remaining_seconds is not None else ""
-        rows.append(("step", f"{status.step}{total}{left}"))
-    rows.append(("loss", f"{status.loss:.4f}" if status.loss is not None else None))
-    if status.best_validation_loss is not None:
-        rows.append(("validation", f"{status.best_validation_loss:.4f} at its best, step {status.best_step}"))
-    rows.append(("tokens/s", format_count(status.tokens_per_second) if status.tokens_per_second is not None else None))
-    rows.append(("goodput", f"{status.goodput_fraction:.1%}" if status.goodput_fraction is not None else None))
-    if status.checkpoints:
-        count = f", {len(status.checkpoints)} kept" if len(status.checkpoints) > 1 else ""
-        rows.append(("checkpoint", f"step {status.checkpoints[-1]}{count}"))
-    else:
-        rows.append(("checkpoint", "none yet"))
-    rows.append(("restarts", str(status.restarts) if status.restarts is not None else None))
-    if status.job_id is not None:
-        rows.append(("SLURM job", f"{status.job_id}: {status.job_state or status.job_note}"))
-    return "\n".join(f"{name:<11} {value}" for name, value in rows if value is not None)
+def _read_failure(run_directory: Path) -> Failure | None:
+    """Return what RUN/failure.json says, None where it is missing or says nothing."""
+    fields = _json_object(run_directory / "failure.json")
+    kind, cause = _text(fields.get("class")), _text(fields.get("cause"))
+    if kind is None and cause is None:
+        return None
+    return Failure(
+        kind=kind,
+        cause=cause,
+        fix=_text(fields.get("fix")),
+        rank=_whole(fields.get("rank")),
+        host=_text(fields.get("host")),
+        step=_whole(fields.get("step")),
+        time_unix=_number(fields.get("time_unix")),
+    )
 
 
-def _state_line(status: RunStatus) -> str:
-    if status.state is None:
-        return "not started"
-    line = status.state
-    if status.exit_code is not None:
-        line += f" (exit code {status.exit_code})"
-    if status.reason:
-        line += f": {status.reason}"
-    if status.updated_unix is not None:
-        line += f", {format_duration(max(0.0, time.time() - status.updated_unix))} ago"
-    return line
-
-
-def _job_state(job_id: str) -> tuple[str | None, str | None]:
+def _json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file is; an empty one where it is something else."""
     try:
-        state = queue_state(job_id)
-    except SlurmCommandError as error:
-        return None, f"unknown ({error})"
-    return state, None if state else "no longer in the queue"
+        content: object = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return cast("dict[str, Any]", content) if isinstance(content, dict) else {}
 
 
 @dataclass
@@ -156,38 +214,25 @@ class _Metrics:
     loss: float | None = None
     tokens_per_second: float | None = None
     step_seconds: float | None = None
-    goodput_fraction: float | None = None
 
 
 def _read_metrics(path: Path) -> _Metrics | None:
     """Return the newest numbers of metrics.jsonl, None where there is no step yet."""
     newest: dict[str, Any] | None = None
     recent: deque[float] = deque(maxlen=_RECENT_STEPS)
-    productive, started, step_before = 0.0, None, 0
     for line in _json_lines(path):
-        step, seconds, at = _whole(line.get("step")), _number(line.get("step_seconds")), _number(line.get("time_unix"))
-        if line.get("kind") == "evaluation" or step is None:
-            started = at if started is None else started
+        if line.get("kind") == "evaluation" or _whole(line.get("step")) is None:
             continue
         newest = line
-        if seconds is None or at is None:
-            continue
-        # One line stands for every step since the line before (telemetry.log_every_steps).
-        counted = seconds * max(1, step - step_before)
-        productive += counted
-        recent.append(seconds)
-        step_before = step
-        started = at - counted if started is None else started
+        if (seconds := _number(line.get("step_seconds"))) is not None:
+            recent.append(seconds)
     if newest is None:
         return None
-    ended = _number(newest.get("time_unix"))
-    wall = ended - started if ended is not None and started is not None else 0.0
     return _Metrics(
         step=_whole(newest.get("step")),
         loss=_number(newest.get("loss")),
         tokens_per_second=_number(newest.get("tokens_per_second")),
         step_seconds=sum(recent) / len(recent) if recent else None,
-        goodput_fraction=min(1.0, productive / wall) if wall > 0 else None,
     )
 
 

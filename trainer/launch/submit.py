@@ -10,16 +10,32 @@ from pathlib import Path
 from typing import Any, cast
 
 from trainer.core.durable import replace_text
-from trainer.core.errors import RefusedError
+from trainer.core.errors import Problem, RefusedError, TrainerError
 from trainer.core.private import GroupAccess, directory_mode, file_mode, keep_private, make_run_directory
 from trainer.launch.slurm_commands import SlurmRefusedError, is_job_id, submit_script
+from trainer.launch.sweep_file import task_of_sweep
 
 _JOBS_NAME = "jobs.json"
+_KINDS = ("afterany", "afternotok", "afterok", "after")
 
 
 def slurm_directory(run_directory: Path) -> Path:
     """Return RUN/slurm: the scripts that were submitted and the jobs they became."""
     return run_directory / "slurm"
+
+
+def make_submittable(run_directory: Path, group: GroupAccess = "none") -> None:
+    """Make the run directory with what a job needs in it. Raises RefusedError as `write_script`."""
+    if shutil.which("sbatch") is None:
+        raise RefusedError("sbatch is not installed here → run `trainer submit` on a login node of the cluster")
+    try:
+        keep_private(group)  # SLURM gives the job the umask of its submission
+        make_run_directory(run_directory, group)
+        # SLURM does not make the directory of --output: the job would fail without a word.
+        (run_directory / "logs").mkdir(mode=directory_mode(), exist_ok=True)
+        slurm_directory(run_directory).mkdir(mode=directory_mode(), exist_ok=True)
+    except OSError as error:
+        raise RefusedError(f"{error.filename}: {error.strerror} → choose a run.directory you can write") from error
 
 
 def write_script(run_directory: Path, text: str, group: GroupAccess = "none") -> Path:
@@ -28,15 +44,9 @@ def write_script(run_directory: Path, text: str, group: GroupAccess = "none") ->
     ``group`` is run.group_access. Raises RefusedError, with nothing written, where there is no sbatch or the run
     directory can't be written.
     """
-    if shutil.which("sbatch") is None:
-        raise RefusedError("sbatch is not installed here → run `trainer submit` on a login node of the cluster")
+    make_submittable(run_directory, group)
     directory = slurm_directory(run_directory)
     try:
-        keep_private(group)  # SLURM gives the job the umask of its submission
-        make_run_directory(run_directory, group)
-        # SLURM does not make the directory of --output: the job would fail without a word.
-        (run_directory / "logs").mkdir(mode=directory_mode(), exist_ok=True)
-        directory.mkdir(mode=directory_mode(), exist_ok=True)
         for number in range(1, 100_000):
             path = directory / f"submit-{number:04d}.sbatch"
             try:
@@ -52,23 +62,67 @@ def write_script(run_directory: Path, text: str, group: GroupAccess = "none") ->
     raise RefusedError(f"{directory} holds too many scripts → remove old ones")
 
 
-def submit(script_path: Path) -> str:
+def submit(script_path: Path, *, dependency: str | None = None, array: str | None = None) -> str:
     """Submit a script of `write_script`, record the job beside it in jobs.json, and return its id.
 
-    Raises RefusedError when SLURM refuses the job (its script is removed again), SlurmCommandError when sbatch gave no
-    clear answer (the script stays: the job may have been queued).
+    ``dependency`` is what sbatch --dependency takes; ``array`` is recorded. Raises RefusedError when SLURM refuses the
+    job (its script is removed again, unless another job has it), SlurmCommandError when sbatch gave no clear answer
+    (the script stays: the job may have been queued).
     """
+    directory = script_path.parent
     try:
-        job_id = submit_script(script_path)
+        job_id = submit_script(script_path, dependency)
     except SlurmRefusedError as error:
-        script_path.unlink(missing_ok=True)
+        if all(job["script"] != script_path.name for job in _read_jobs(directory)):
+            script_path.unlink(missing_ok=True)
         raise RefusedError(str(error)) from error
-    _record_job(script_path.parent, {"id": job_id, "script": script_path.name, "submitted_unix": time.time()})
+    job = {"id": job_id, "script": script_path.name, "submitted_unix": time.time()}
+    job |= {name: text for name, text in (("dependency", dependency), ("array", array)) if text is not None}
+    _record_job(directory, job)
     return job_id
 
 
+def dependency(after: str | None, *, singleton: bool = False) -> str | None:
+    """Return what sbatch --dependency takes for ``--after JOBID[:type]`` and ``--singleton``. Raises RefusedError."""
+    parts: list[str] = []
+    if after is not None:
+        job_id, _, kind = after.partition(":")
+        kind = kind or "afterany"
+        if not is_job_id(job_id) or kind not in _KINDS:
+            rule = "must be a job id, or a job id and when: 123, 123:afternotok"
+            raise RefusedError(Problem("--after", after, rule, f"use one of {', '.join(_KINDS)}"))
+        parts.append(f"{kind}:{job_id}")
+    return ",".join([*parts, *(["singleton"] if singleton else [])]) or None
+
+
+def submit_chain(script_path: Path, jobs: int, first: str | None = None) -> list[str]:
+    """Submit a script ``jobs`` times, each job after the end of the one before, and return their ids.
+
+    ``first`` is what the first one waits for. Raises as `submit`; jobs that are in the queue by then stay there, and
+    the message names them.
+    """
+    ids: list[str] = []
+    waits_for = first
+    for _ in range(jobs):
+        try:
+            ids.append(submit(script_path, dependency=waits_for))
+        except TrainerError as error:
+            if not ids:
+                raise
+            raise TrainerError(f"{len(ids)} of {jobs} jobs are in the queue ({' '.join(ids)}); {error}") from error
+        # Not afterok: that never runs once the job before has failed, also where it was requeued and finished.
+        waits_for = f"afterany:{ids[-1]}"
+    return ids
+
+
 def recorded_jobs(run_directory: Path) -> list[str]:
-    """Return the job ids of this run, oldest first; empty where none is recorded or the record can't be read."""
+    """Return the job ids of this run, oldest first; empty where none is recorded or the record can't be read.
+
+    A run of a sweep has the task of each array that was submitted for it.
+    """
+    task = task_of_sweep(run_directory)
+    if task is not None:
+        return [f"{job['id']}_{task}" for job in _read_jobs(slurm_directory(run_directory.parent))]
     return [str(job["id"]) for job in _read_jobs(slurm_directory(run_directory))]
 
 

@@ -31,14 +31,19 @@ class Prepared:
     """The resolved DeepSpeed JSON."""
 
 
-def prepare(recipe_path: str | Path, overrides: Iterable[str] = (), world_size: int | None = None) -> Prepared:
+def prepare(
+    recipe_path: str | Path, overrides: Iterable[str] = (), world_size: int | None = None,
+    under: Mapping[str, Any] | None = None,
+) -> Prepared:  # fmt: skip
     """Load, derive, resolve and check a run of ``world_size`` ranks (None: as many as the recipe starts itself).
+
+    ``under`` is what the recipe is laid over (a site profile).
 
     Raises:
         RecipeError: with every problem found, those of the recipe's own text first.
     """
     title = f"{recipe_path} refused"
-    mapping, problems = read_mapping(recipe_path, overrides)
+    mapping, problems = read_mapping(recipe_path, overrides, under)
     recipe, more = build_recipe(mapping) if mapping is not None else (None, [])
     problems += more
     if recipe is None or problems:

@@ -6,21 +6,12 @@ import re
 from collections.abc import Iterator
 from typing import Any, cast
 
+from trainer.config.slurm import slurm_problems
 from trainer.core.errors import Problem
 from trainer.preflight.facts import Facts, Failing, Rule
 
 # minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS (sbatch --time); unlimited leaves no time for a last checkpoint
 TIME = re.compile(r"(?:(\d+)-(\d{1,2})(?::(\d{1,2}))?(?::(\d{1,2}))?|(\d+)(?::(\d{1,2}))?(?::(\d{1,2}))?)")
-MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
-WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,@+-]*")
-# sbatch --constraint: features with & | * ( ) [ ]; --exclude: node01,node[02-04]
-PATTERNS = {
-    "partition": WORD,
-    "account": WORD,
-    "qos": WORD,
-    "constraint": re.compile(r"[A-Za-z0-9\[(][A-Za-z0-9._,&|*()\[\]-]*"),
-    "exclude": re.compile(r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]*"),
-}
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -51,22 +42,17 @@ def _time(facts: Facts) -> Iterator[Problem]:
         yield Problem("launch.slurm.signal_seconds", slurm.signal_seconds, rule, fix)
 
 
-def _memory(facts: Facts) -> Iterator[Problem]:
-    memory = facts.recipe.launch.slurm.memory_per_node
-    if memory is not None and not MEMORY.fullmatch(memory):
-        rule = "is no amount of memory that sbatch takes"
-        yield Problem("launch.slurm.memory_per_node", memory, rule, "write a whole number and K, M, G or T, e.g. 64G")
+def _values(facts: Facts) -> Iterator[Problem]:
+    """What goes into a batch script; the time limit has a rule of its own."""
+    yield from (problem for problem in slurm_problems(facts.recipe.launch.slurm) if problem.key != "launch.slurm.time")
 
 
-def _words(facts: Facts) -> Iterator[Problem]:
-    """``#SBATCH`` lines are no shell: quoting does not help there, only refusing does."""
-    for name, pattern in PATTERNS.items():
-        value = getattr(facts.recipe.launch.slurm, name)
-        if value is not None and not pattern.fullmatch(value):
-            rule = "has characters that may not be written into an #SBATCH line"
-            yield Problem(
-                f"launch.slurm.{name}", value, rule, "use letters, digits and the signs sbatch(1) names for it"
-            )
+def _mpi(facts: Facts) -> Iterator[Problem]:
+    """``srun --mpi`` is an option of srun; under torchrun its tasks are agents, not ranks."""
+    slurm = facts.recipe.launch.slurm
+    if slurm.mpi != "none" and slurm.starter != "srun":
+        rule = f"has no effect with launch.slurm.starter = {slurm.starter}"
+        yield Problem("launch.slurm.mpi", slurm.mpi, rule, "remove it, or set launch.slurm.starter: srun")
 
 
 def _control(facts: Facts) -> Iterator[Problem]:
@@ -90,8 +76,15 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
 RULES = (
     Rule("SLURM time limit", _time, Failing({"launch.slurm.time": "1 day"})),
     Rule("time after the signal", _time, Failing({"launch.slurm.time": "2", "launch.slurm.signal_seconds": 300})),
-    Rule("SLURM memory", _memory, Failing({"launch.slurm.memory_per_node": "64 gigabytes"})),
-    Rule("SLURM words", _words, Failing({"launch.slurm.partition": "gpu; rm -rf x"})),
-    Rule("SLURM injection", _words, Failing({"launch.slurm.account": "me --wrap=x"})),
+    Rule("SLURM memory", _values, Failing({"launch.slurm.memory_per_node": "64 gigabytes"})),
+    Rule("SLURM words", _values, Failing({"launch.slurm.partition": "gpu; rm -rf x"})),
+    Rule("SLURM injection", _values, Failing({"launch.slurm.account": "me --wrap=x"})),
+    Rule("SLURM options", _values, Failing({"launch.slurm.sbatch_options": {"wrap": "id"}})),
+    Rule("modules", _values, Failing({"launch.slurm.modules": ["cuda; id"]})),
+    Rule("environment", _values, Failing({"launch.slurm.environment": {"WORLD_SIZE": 8}})),
+    Rule("secrets in the environment", _values, Failing({"launch.slurm.environment": {"HF_TOKEN": "hf_x"}})),
+    Rule("secrets in setup lines", _values, Failing({"launch.slurm.setup": ["export WANDB_API_KEY=123abc"]})),
+    Rule("container", _values, Failing({"launch.slurm.container": {"runtime": "pyxis", "image": "$(id)"}})),
+    Rule("MPI of srun", _mpi, Failing({"launch.slurm.mpi": "pmix", "launch.slurm.starter": "mpirun"})),
     Rule("no control characters", _control, Failing({"run.directory": "runs/a\nb"})),
 )

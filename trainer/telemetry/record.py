@@ -73,6 +73,21 @@ CHECKPOINT_FIELDS: tuple[Field, ...] = (
 )
 """Of checkpoints; drawn, but not in metrics.jsonl."""
 
+GOODPUT_FIELDS: tuple[Field, ...] = (
+    Field("step", "steps", None, "optimizer steps done"),
+    Field("fraction", "1", "goodput/fraction", "time in steps that count, over allocated time"),
+    Field("restarts", "1", "goodput/restarts", "starts of the run but the first"),
+    Field("lost_steps", "steps", "goodput/lost_steps", "done, and lost by a restart or a rewind"),
+    Field("redone_seconds", "s", "goodput/redone_seconds", "in steps that were lost"),
+    Field("startup_seconds", "s", "goodput/startup_seconds", "from allocations to first steps, less restoring"),
+    Field("restore_seconds", "s", "goodput/restore_seconds", "verifying and loading checkpoints"),
+    Field("save_seconds", "s", "goodput/save_seconds", "that training stood still for saves"),
+    Field("evaluation_seconds", "s", "goodput/evaluation_seconds", "evaluating"),
+    Field("other_seconds", "s", "goodput/other_seconds", "the rest of the allocated time"),
+    Field("time_unix", "s", None, "when it was computed"),
+)
+"""Of the whole run, all its starts; drawn at every checkpoint, but not in metrics.jsonl."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRecord:
@@ -165,7 +180,28 @@ class CheckpointRecord:
         return _scalars(self, CHECKPOINT_FIELDS)
 
 
-_Record = StepRecord | EvaluationRecord | CheckpointRecord | SourceRecord
+@dataclass(frozen=True, kw_only=True)
+class GoodputRecord:
+    """Where the run's time went so far, all its starts. Units are in :data:`GOODPUT_FIELDS`."""
+
+    step: int
+    fraction: float
+    restarts: int
+    lost_steps: int
+    redone_seconds: float
+    startup_seconds: float
+    restore_seconds: float
+    save_seconds: float
+    evaluation_seconds: float
+    other_seconds: float
+    time_unix: float
+
+    def scalars(self) -> Iterator[tuple[str, float]]:
+        """Yield (TensorBoard tag, value) of every number that is drawn."""
+        return _scalars(self, GOODPUT_FIELDS)
+
+
+_Record = StepRecord | EvaluationRecord | CheckpointRecord | GoodputRecord | SourceRecord
 
 
 def perplexity(loss: float) -> float:

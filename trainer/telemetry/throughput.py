@@ -75,6 +75,21 @@ class StepClock:
         self._mark = now
 
 
+class Stopwatch:
+    """Add up the wall time of the blocks that are entered with it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._entered = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._entered = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._entered
+
+
 class MovingRate:
     """Amount per second over the last ``window`` observations."""
 

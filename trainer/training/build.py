@@ -39,7 +39,7 @@ from trainer.models.flops import training_flops_per_token
 from trainer.parallel.topology import mesh_of, mesh_table
 from trainer.tasks.pretrain import loss_spec
 from trainer.telemetry.sinks.base import Fanout
-from trainer.telemetry.throughput import device_name, model_flops_utilization, peak_flops_per_second
+from trainer.telemetry.throughput import Stopwatch, device_name, model_flops_utilization, peak_flops_per_second
 from trainer.training.guard_log import GuardLog
 from trainer.training.guarding import Guard
 from trainer.training.isolation import refuse_leak
@@ -58,19 +58,21 @@ def build_parts(
     environment: RankEnvironment,
     *,
     attempt: int,
-    open_sinks: Callable[[int], Fanout],
+    open_sinks: Callable[[int, float], Fanout],
     say: Callable[[str], None],
     stop_requested: Callable[[], bool],
     may_commit: Callable[[], None] = lambda: None,
 ) -> Parts:
     """Assemble a fresh or resumed run; the process group is joined already.
 
-    ``open_sinks(resume_step)`` is called once it is known where the run starts. ``may_commit`` raises CheckpointError
-    where this run has lost its directory to another. Raises TrainerError.
+    ``open_sinks(resume_step, restore_seconds)`` is called once the run stands where it starts. ``may_commit`` raises
+    CheckpointError where this run has lost its directory to another. Raises TrainerError.
     """
     ranks = Ranks.apart()  # on the CPU: nothing that is told here needs a device, and files may take long to hash
     run_directory = Path(recipe.run.directory)
-    found = choose(run_directory, recipe.checkpoint.resume, ranks, say)
+    restore = Stopwatch()
+    with restore:
+        found = choose(run_directory, recipe.checkpoint.resume, ranks, say)
     reader = CheckpointReader(found) if found else None
     tokenizer = load_on_first_rank(recipe, ranks)
     source = _run_as_source(recipe, ranks, say, fresh=reader is None)
@@ -102,7 +104,8 @@ def build_parts(
         identity = data_identity(recipe, loader.sampler.fingerprint(state.consumed_samples))
         topology = topology_facts(mesh, recipe.parallel.expert, stage)
         here = Resumption(recipe, reader, ranks, state, say)
-        load_checkpoint(here, engine, config_to_dictionary(config), identity, topology)
+        with restore:
+            load_checkpoint(here, engine, config_to_dictionary(config), identity, topology)
     else:
         _start_afresh(engine, recipe, ranks, source)
     if recipe.data.mask_documents:
@@ -125,7 +128,7 @@ def build_parts(
         "unpadded_vocabulary_size": unpadded,
     }
     hosts = ranks.gather(socket.gethostname())
-    sinks = open_sinks(state.step)
+    sinks = open_sinks(state.step, restore.seconds if reader else 0.0)
 
     def facts() -> dict[str, Any]:
         identity = data_identity(recipe, loader.sampler.fingerprint(state.consumed_samples))

@@ -12,7 +12,7 @@ from trainer.config.derive import Derived
 from trainer.config.run import Recipe
 from trainer.core import faults
 from trainer.data.loader import TrainLoader
-from trainer.engine.base import TrainEngine
+from trainer.engine.base import Requests, TrainEngine
 from trainer.evaluation.validation import Validation
 from trainer.optim.schedules import multiplier
 from trainer.telemetry.sinks.base import Fanout
@@ -66,8 +66,8 @@ def train(parts: Parts) -> Outcome:
             batches = parts.loader.next_step()
         learning_rate = recipe.optimizer.learning_rate * multiplier(recipe.schedule, state.step + 1, total)
         with clock.phase("forward_backward"):
-            stop = parts.stop_requested() or parts.saver.must_stop
-            result = parts.engine.train_batch(batches, parts.guard.accept, learning_rate, stop)
+            requests = Requests(stop=parts.stop_requested() or parts.saver.must_stop)
+            result = parts.engine.train_batch(batches, parts.guard.accept, learning_rate, requests)
         samples = batch_size(recipe.batch, state.step + 1)
         state.advance(samples, samples * recipe.data.sequence_length, result)
         parts.sinks.step(step_record(parts, result, clock.finish_step(), learning_rate))

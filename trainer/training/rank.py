@@ -49,6 +49,8 @@ def _train(
     from trainer.engine.build import join_group, leave_group
     from trainer.telemetry.build import build_sinks
     from trainer.telemetry.sinks.base import Fanout
+    from trainer.training.attempt_clock import GoodputSink
+    from trainer.training.binding import bind
     from trainer.training.build import build_parts
     from trainer.training.evaluating import early_end
     from trainer.training.loop import train
@@ -56,19 +58,26 @@ def _train(
 
     sinks = Fanout([])
 
-    def open_sinks(resume_step: int) -> Fanout:
+    def open_sinks(resume_step: int, restore_seconds: float) -> Fanout:
         nonlocal sinks
         sinks.close()
         if directory is not None:
+            directory.clock.begin(
+                resume_step, restore_seconds, -(-environment.world_size // environment.local_world_size)
+            )
             made = build_sinks(recipe, directory.path, resume_step, derived.total_steps, log.console_stream)
-            sinks = Fanout([*made, StatusSink(directory, resume_step, derived.total_steps)])
+            goodput = GoodputSink(directory.clock, lambda record: sinks.goodput(record))
+            sinks = Fanout([*made, goodput, StatusSink(directory, resume_step, derived.total_steps)])
         return sinks
 
     def say(text: str) -> None:
         print(text, file=log.console_stream, flush=True)
 
     try:
-        join_group(environment)
+        join_group(environment, rendezvous_timeout_seconds=recipe.launch.rendezvous_timeout_seconds)
+        if (bound := bind(recipe.launch.bind, environment)) is not None:
+            print(bound, flush=True)  # into the log
+            say(bound)
         parts = build_parts(
             recipe, derived, deepspeed_json, environment,
             attempt=directory.attempt if directory else 0,
@@ -90,6 +99,8 @@ def _train(
             reason = early if outcome == "finished" else f"asked to stop ({stop.received or 'another rank'})"
             directory.status(state=outcome, step=parts.state.step, exit_code=code, reason=reason)
         sinks.message(_farewell(outcome, parts.state.step, derived, recipe, early))
+        if directory is not None and outcome == "finished":
+            directory.report(sinks.message)
         parts.saver.close(wait=outcome == "finished")
         sinks.close()
         parts.loader.close()

@@ -22,8 +22,13 @@ from trainer.core.private import directory_mode, make_run_directory
 from trainer.core.redact import redacted, redacted_text, redacted_words
 from trainer.core.run_lock import RunLock, holder
 from trainer.core.status_file import write_status
+from trainer.telemetry.run_report import collect_report, describe_report, write_report
+from trainer.training.attempt_clock import AttemptClock
 
-_LOGGED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+_LOGGED_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "TRAINER_LAUNCHER",
+)  # fmt: skip
 _LOGGED_VARIABLES += ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "NCCL_SOCKET_IFNAME")
 """An allow-list: the environment also holds tokens and keys."""
 _PACKAGES = ("trainer", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
@@ -44,6 +49,7 @@ class RunDirectory:
         self._lock = RunLock(self.path, say=say)
         delete_leftovers(self.path)
         self.attempt = 1 + max((int(p.name) for p in self.path.glob("attempts/[0-9]*") if p.name.isdigit()), default=0)
+        self.clock = AttemptClock(self.path, self.attempt, world_size)
         self._status: dict[str, Any] = {"attempt": self.attempt, "restarts": self.attempt - 1}
         self._facts: dict[str, str] | None = {
             "run.yaml": dump_yaml(redacted(recipe.model_dump(mode="json"))),
@@ -68,6 +74,10 @@ class RunDirectory:
         with contextlib.suppress(OSError):
             self._write_facts()
         self._status |= changes
+        if "exit_code" in changes:
+            self.clock.end(changes["state"], changes.get("reason"))
+        if (found := self.clock.goodput()) is not None:
+            self._status["goodput"] = found.to_json()
         write_status(self.path, self._status)
 
     def _write_facts(self) -> None:
@@ -81,6 +91,15 @@ class RunDirectory:
         for name, text in facts.items():
             replace_text(attempt / name, text)
             replace_text(self.path / name, text)
+        self.clock.start()
+
+    def report(self, say: Callable[[str], None]) -> None:
+        """Say what became of the finished run, and write it into report.json."""
+        found = collect_report(self.path)
+        for line in describe_report(found):
+            say(line)
+        with contextlib.suppress(OSError):  # a full disk must not end a run that has finished
+            write_report(self.path, found)
 
     @property
     def lost(self) -> bool:
@@ -95,6 +114,7 @@ class RunDirectory:
 
     def release(self) -> None:
         """Let the next job in."""
+        self.clock.close()
         self._lock.release()
 
 

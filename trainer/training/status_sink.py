@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, StepRecord
+from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, GoodputRecord, StepRecord
 from trainer.training.run_directory import RunDirectory
 
 _SECONDS_BETWEEN_WRITES = 5.0
@@ -44,6 +44,9 @@ class StatusSink:
             last_checkpoint_seconds=record.seconds,
             last_checkpoint_blocked_seconds=record.blocked_seconds,
         )
+
+    def goodput(self, record: GoodputRecord) -> None:
+        """Nothing: every write of status.json says it."""
 
     def message(self, text: str) -> None:
         """Nothing: sentences are for people."""

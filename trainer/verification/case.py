@@ -18,7 +18,7 @@ from trainer.config.run import Recipe
 from trainer.core.environ import RankEnvironment
 from trainer.core.targets import IGNORE_INDEX
 from trainer.data.batches import MicroBatch
-from trainer.engine.base import TrainEngine
+from trainer.engine.base import Requests, TrainEngine
 from trainer.engine.build import build_engine
 from trainer.models.config import hugging_face_config
 from trainer.optim.schedules import multiplier
@@ -54,7 +54,7 @@ def run_case(case: dict[str, Any], place: RankEnvironment) -> None:
         starts = [(index * derived.data_parallel + data) * micro for index in range(derived.accumulation)]
         mine = [rows_of(batches, step, slice(start, start + micro)) for start in starts]
         rate = recipe.optimizer.learning_rate * multiplier(recipe.schedule, step + 1, derived.total_steps)
-        result = engine.train_batch(mine, lambda preview: True, rate, False)
+        result = engine.train_batch(mine, lambda preview: True, rate, Requests())
         steps.append([result.loss, result.grad_norm])
         if step == 0 and recipe.optimizer.name == "sgd" and recipe.optimizer.momentum:
             save_state(engine, "momentum", output / "gradients.safetensors")

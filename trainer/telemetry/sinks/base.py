@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, StepRecord
+from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, GoodputRecord, StepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,10 @@ class Sink(Protocol):
 
     def checkpoint(self, record: CheckpointRecord) -> None:
         """Take one committed checkpoint."""
+        ...
+
+    def goodput(self, record: GoodputRecord) -> None:
+        """Take where the run's time went so far."""
         ...
 
     def message(self, text: str) -> None:
@@ -53,6 +57,10 @@ class Fanout:
     def checkpoint(self, record: CheckpointRecord) -> None:
         """Hand one checkpoint to every sink."""
         self._each(lambda sink: sink.checkpoint(record))
+
+    def goodput(self, record: GoodputRecord) -> None:
+        """Hand the goodput to every sink."""
+        self._each(lambda sink: sink.goodput(record))
 
     def message(self, text: str) -> None:
         """Hand a sentence to every sink, and to the log."""
@@ -106,6 +114,10 @@ class Thinned:
     def checkpoint(self, record: CheckpointRecord) -> None:
         """Pass the checkpoint on."""
         self._sink.checkpoint(record)
+
+    def goodput(self, record: GoodputRecord) -> None:
+        """Pass the goodput on."""
+        self._sink.goodput(record)
 
     def message(self, text: str) -> None:
         """Pass the sentence on."""

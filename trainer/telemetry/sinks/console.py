@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.core.units import format_count, format_duration
-from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, StepRecord
+from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, GoodputRecord, StepRecord
 from trainer.telemetry.sinks.base import Sink
 from trainer.telemetry.throughput import MovingRate
 
@@ -96,6 +96,9 @@ class PlainSink:
 
     def checkpoint(self, record: CheckpointRecord) -> None:
         """Nothing: a message says it."""
+
+    def goodput(self, record: GoodputRecord) -> None:
+        """Nothing: the report at the end says it."""
 
     def message(self, text: str) -> None:
         """Print a sentence. Raises OSError when the stream is gone."""
@@ -181,6 +184,9 @@ class TerminalSink:
 
     def checkpoint(self, record: CheckpointRecord) -> None:
         """Nothing: a message says it."""
+
+    def goodput(self, record: GoodputRecord) -> None:
+        """Nothing: the report at the end says it."""
 
     def message(self, text: str) -> None:
         """Print a sentence above the line. Raises OSError when the terminal is gone."""

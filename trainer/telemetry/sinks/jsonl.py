@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, StepRecord
+from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, GoodputRecord, StepRecord
 from trainer.telemetry.sinks.append import AppendFile, replace_file
 
 
@@ -34,6 +34,9 @@ class JsonlSink:
 
     def checkpoint(self, record: CheckpointRecord) -> None:
         """Ignore: the lines go up by step, and checkpoints are told of later."""
+
+    def goodput(self, record: GoodputRecord) -> None:
+        """Ignore: RUN/attempts/ has it."""
 
     def message(self, text: str) -> None:
         """Ignore: messages are no records."""

@@ -24,7 +24,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, StepRecord
+from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, GoodputRecord, StepRecord
 from trainer.telemetry.sinks.append import AppendFile, replace_file
 
 _FILE_PREFIX = "events.out.tfevents."
@@ -65,6 +65,10 @@ class TensorBoardSink:
         """Write the scalars of one checkpoint. Raises OSError (the file then still ends with a whole event)."""
         self._record(record)
 
+    def goodput(self, record: GoodputRecord) -> None:
+        """Write the scalars of the run's goodput. Raises OSError (the file then still ends with a whole event)."""
+        self._record(record)
+
     def message(self, text: str) -> None:
         """Ignore: messages are no curves."""
 
@@ -72,7 +76,7 @@ class TensorBoardSink:
         """Close the file."""
         self._file.close()
 
-    def _record(self, record: StepRecord | EvaluationRecord | CheckpointRecord) -> None:
+    def _record(self, record: StepRecord | EvaluationRecord | CheckpointRecord | GoodputRecord) -> None:
         # NaN and Inf are legal: TensorBoard draws them as triangles.
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in record.scalars()]
         self._write(Event(wall_time=record.time_unix, step=record.step, summary=Summary(value=values)))

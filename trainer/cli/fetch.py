@@ -1,0 +1,19 @@
+"""`trainer fetch`: bring models and tokenizers of a recipe into the cache, for jobs without internet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def fetch(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Take newer commits than the lock's.")] = False,
+) -> None:
+    """Download what a recipe names on the Hugging Face Hub and pin its commits in RECIPE.lock.json."""
+    from trainer.launch.fetch import fetch as fetch_recipe
+
+    fetch_recipe(recipe, overrides or [], typer.echo, update=update)

@@ -1,0 +1,87 @@
+"""What the run directory says of how an attempt of a SLURM job ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from trainer.checkpoint.layout import step_directories
+from trainer.core.run_lock import holder
+from trainer.core.status_file import read_status, write_status
+
+_CLOCK_SLACK_SECONDS = 5.0
+"""The run directory's server and the hosts don't quite agree about the time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobPlace:
+    """Which start of which job this is: SLURM's variables."""
+
+    job: str
+    restart: int
+    nodes: str
+
+    @classmethod
+    def here(cls, environment: Mapping[str, str]) -> JobPlace:
+        """Return where the batch script runs."""
+        restarts = environment.get("SLURM_RESTART_COUNT", "")
+        return cls(
+            job=environment.get("SLURM_JOB_ID", ""),
+            restart=int(restarts) if restarts.isdecimal() else 0,
+            nodes=environment.get("SLURM_JOB_NODELIST", ""),
+        )
+
+
+def own_status(run_directory: Path, place: JobPlace, since_unix: float) -> dict[str, Any] | None:
+    """Return status.json if this start of this job wrote it, None otherwise.
+
+    The facts of the run's attempt name its job; where they don't (ranks without SLURM's variables), it must have been
+    written since ``since_unix``.
+    """
+    status = read_status(run_directory)
+    if status is None:
+        return None
+    variables = _variables(run_directory, status.get("attempt"))
+    if "SLURM_JOB_ID" in variables:
+        restart = variables.get("SLURM_RESTART_COUNT") or "0"
+        return status if (variables["SLURM_JOB_ID"], restart) == (place.job, str(place.restart)) else None
+    updated = status.get("updated_unix")
+    recent = isinstance(updated, int | float) and updated >= since_unix - _CLOCK_SLACK_SECONDS
+    return status if recent else None
+
+
+def _variables(run_directory: Path, attempt: object) -> dict[str, Any]:
+    if type(attempt) is not int:
+        return {}
+    try:
+        path = run_directory / "attempts" / f"{attempt:04d}" / "environment.json"
+        content: object = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    variables = cast("dict[str, object]", content).get("variables") if isinstance(content, dict) else None
+    return cast("dict[str, Any]", variables) if isinstance(variables, dict) else {}
+
+
+def newest_step(run_directory: Path) -> int:
+    """Return the step of the newest committed checkpoint, 0 where there is none."""
+    return max((step for step, _ in step_directories(run_directory)), default=0)
+
+
+def finished_unix(run_directory: Path) -> float | None:
+    """Return when the run wrote RUN/DONE, None if it has not."""
+    with contextlib.suppress(OSError):
+        path = run_directory / "DONE"
+        if path.is_file() and not path.is_symlink():
+            return path.stat().st_mtime
+    return None
+
+
+def say_failed(run_directory: Path, exit_code: int, reason: str) -> None:
+    """Write into status.json how a run ended that could not say so itself, unless a process still trains there."""
+    if holder(run_directory, watch=False) is None:
+        fields = read_status(run_directory) or {}
+        write_status(run_directory, {**fields, "state": "failed", "exit_code": exit_code, "reason": reason})

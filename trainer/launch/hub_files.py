@@ -1,0 +1,91 @@
+"""What a recipe takes from the Hugging Face Hub, and whether it lies in the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from trainer.config.lock import is_hub_id
+from trainer.config.run import Recipe
+from trainer.core.errors import Problem
+
+_MODEL = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json")
+_TOKENIZER = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.*", "merges.txt", "*.model", "*.tiktoken", "*.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One repository and the files of it that a run reads."""
+
+    repository: str
+    revision: str | None
+    key: str
+    """The first key of the recipe that names it."""
+    patterns: tuple[str, ...]
+
+    def files(self, names: Iterable[str]) -> list[str]:
+        """Return those of ``names`` that are read. Never what is in folders: other formats lie there."""
+        return [name for name in names if "/" not in name and any(fnmatch(name, p) for p in self.patterns)]
+
+
+def wanted(recipe: Recipe) -> list[Wanted]:
+    """Return what a recipe takes from the Hub, a repository of one revision once."""
+    found: dict[tuple[str, str | None], Wanted] = {}
+    # Python of the repository only where the recipe lets it run.
+    model = _MODEL + (("*.py",) if recipe.model.trust_remote_code else ())
+    for key, path, revision, patterns in (
+        ("model.path", recipe.model.path, recipe.model.revision, model),
+        ("tokenizer.path", recipe.tokenizer.path, recipe.tokenizer.revision, _TOKENIZER),
+    ):
+        if path is not None and is_hub_id(path):
+            known = found.get((path, revision))
+            before = known.patterns if known else ()
+            found[path, revision] = Wanted(path, revision, known.key if known else key, (*before, *patterns))
+    return list(found.values())
+
+
+def not_cached(recipe: Recipe) -> list[Problem]:
+    """Return a problem for each id of the recipe that a job without internet would not find in the cache."""
+    return list(_not_cached(wanted(recipe)))
+
+
+def _not_cached(repositories: Sequence[Wanted]) -> Iterator[Problem]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    fix = "run trainer fetch RECIPE where there is internet, or set launch.slurm.online: true"
+    for repository in repositories:
+        try:
+            # Newer releases know the list of all files, and refuse a snapshot that lacks some of what is asked for.
+            found = snapshot_download(
+                repository.repository, revision=repository.revision, local_files_only=True,
+                allow_patterns=list(repository.patterns), ignore_patterns=["*/*"],
+            )  # fmt: skip
+            folder = Path(found)
+        except (LocalEntryNotFoundError, OSError):
+            rule = "is not in the cache of Hugging Face files, and jobs run offline"
+            yield Problem(repository.key, repository.repository, rule, fix)
+            continue
+        missing = _missing_files(folder, repository)
+        if missing:
+            rule = f"is in the cache without {missing}, and jobs run offline"
+            yield Problem(repository.key, repository.repository, rule, fix)
+
+
+def _missing_files(folder: Path, repository: Wanted) -> str | None:
+    if not (folder / "config.json").exists() and "*.safetensors" in repository.patterns:
+        return "config.json"
+    if "*.safetensors" in repository.patterns:
+        index = folder / "model.safetensors.index.json"
+        if not index.exists():
+            return None if (folder / "model.safetensors").exists() else "model.safetensors"
+        shards = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
+        return next((name for name in sorted(shards) if not (folder / name).exists()), None)
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    return None if any((folder / name).exists() for name in names) else "a tokenizer"

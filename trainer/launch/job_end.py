@@ -1,0 +1,192 @@
+"""The end of one attempt of a SLURM job: gather what is known, decide, requeue, leave out nodes, write it all down."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from trainer.core.errors import EXIT_DO_NOT_RESTART, EXIT_OK, EXIT_REQUEUE
+from trainer.core.hostlist import expand_hostlist
+from trainer.launch import excluded_nodes, restart_record
+from trainer.launch.attempt_facts import JobPlace, finished_unix, newest_step, own_status, say_failed
+from trainer.launch.controller import Patience
+from trainer.launch.decision import Decision, Facts, decide
+from trainer.launch.failures import failure_of
+from trainer.launch.restart_record import Attempt
+from trainer.launch.slurm_commands import (
+    JobFacts,
+    Node,
+    SlurmCommandError,
+    exclude_nodes,
+    nodes_of,
+    requeue_job,
+    show_job,
+)  # fmt: skip
+
+
+class JobEnd:
+    """Settles what becomes of the job in which it runs."""
+
+    def __init__(
+        self,
+        run_directory: Path,
+        place: JobPlace,
+        *,
+        max_restarts: int,
+        max_excluded_nodes: int,
+        patience: Patience,
+        say: Callable[[str], None],
+    ) -> None:
+        self.run_directory, self.place = run_directory, place
+        self.max_restarts, self.max_excluded_nodes = max_restarts, max_excluded_nodes
+        self.patience, self.say = patience, say
+        self.unreachable = ""
+        """Why the controller could not be asked."""
+
+    def settle(self, code: int) -> int:
+        """Do what is to be done after the starter ended with ``code``; return the exit code of the batch script."""
+        attempts = restart_record.read(self.run_directory)
+        attempt = restart_record.find(attempts, self.place.job, self.place.restart)
+        attempt = attempt or Attempt(
+            job=self.place.job, restart=self.place.restart, nodes=self.place.nodes, started_unix=time.time()
+        )
+        status = own_status(self.run_directory, self.place, attempt.started_unix)
+        failure = failure_of(self.run_directory, self.place, attempt.started_unix)
+        facts = self._facts(code, attempts, status, failure)
+        decision, job, lost = decide(facts), None, list[Node]()
+        if decision.restart:  # else SLURM need not be asked
+            job, lost = self._ask_slurm()
+            facts = dataclasses.replace(
+                facts,
+                job_state=job.state if job else None,
+                job_reason=job.reason if job else "",
+                back_already=job is not None and job.restarts > self.place.restart,
+                lost_nodes=tuple(node.name for node in lost),
+            )
+            decision = decide(facts)
+        if decision.restart and job is None:
+            decision = self._not_requeued(decision)
+        suspects = {node.name: f"SLURM says {node.state}" for node in lost}
+        suspects |= dict.fromkeys(self._own_hosts(failure.get("suspect_hosts")), facts.cause or "failed")
+        self._note(attempt, decision, facts, status)
+        with contextlib.suppress(OSError):
+            excluded_nodes.note_suspects(self.run_directory, suspects, self.place.job)
+        if decision.restart:
+            try:
+                self.patience.ask(lambda: requeue_job(self.place.job))
+            except SlurmCommandError as error:
+                self.unreachable = str(error)
+                decision = self._not_requeued(decision)
+                self._note(attempt, decision, facts, status)
+        if job is not None and (decision.restart or facts.back_already):
+            self._leave_out_nodes(job)
+        self._tell(decision)
+        return decision.exit_code
+
+    def _ask_slurm(self) -> tuple[JobFacts | None, list[Node]]:
+        """Return what the controller says of the job, and which of its nodes it has lost."""
+        try:
+            job = self.patience.ask(lambda: show_job(self.place.job))
+            names = self._hosts()
+            return job, [node for node in nodes_of(names=names) if node.lost] if names else []
+        except SlurmCommandError as error:
+            self.unreachable = str(error)
+            return None, []
+
+    def _facts(
+        self, code: int, attempts: list[Attempt], status: dict[str, Any] | None, failure: dict[str, Any]
+    ) -> Facts:
+        """Return what the run directory says; a job that runs, as far as SLURM is concerned."""
+        said = status or {}
+        ended, status_code = said.get("state") in ("finished", "stopped", "failed"), said.get("exit_code")
+        step = newest_step(self.run_directory)
+        key = (self.place.job, self.place.restart)
+        done = finished_unix(self.run_directory)
+        own_done = done is not None and code in (EXIT_OK, EXIT_REQUEUE) and status is None
+        reason = said.get("reason") if said.get("state") == "failed" else None
+        cause = failure.get("cause") or reason
+        wants = said.get("requeue")
+        return Facts(
+            code=code,
+            finished=(ended and status_code == 0) or own_done or (code == EXIT_OK and status is None),
+            status_code=status_code if ended and isinstance(status_code, int) else None,
+            wants_requeue=wants if isinstance(wants, bool) else None,
+            cause=str(cause).splitlines()[0] if cause else None,
+            retryable=failure.get("retryable") is not False,
+            step=step,
+            job_state="RUNNING",
+            without_progress=restart_record.restarts_without_progress(attempts, *key, step),
+            retries=restart_record.retries(attempts, *key),
+            max_restarts=self.max_restarts,
+        )
+
+    def _not_requeued(self, decision: Decision) -> Decision:
+        by_hand = f"by hand: scontrol requeue {self.place.job}, or trainer submit as before"
+        return Decision(
+            "stop", f"{decision.reason}; SLURM can't be asked ({self.unreachable}); {by_hand}", decision.exit_code
+        )
+
+    def _note(self, attempt: Attempt, decision: Decision, facts: Facts, status: dict[str, Any] | None) -> None:
+        """Write the decision into restarts.json, and into status.json where the run could not say how it ended."""
+        own = (status or {}).get("attempt")
+        name = decision.name
+        if name == "scheduler" and attempt.decision == "requeue":  # asked for at the time limit, while the ranks saved
+            name = "requeue"
+        entry = dataclasses.replace(
+            attempt, attempt=own if type(own) is int else None, step=facts.step, decision=name,
+            reason=decision.reason, exit_code=decision.exit_code, time_unix=time.time(),
+        )  # fmt: skip
+        with contextlib.suppress(OSError):
+            restart_record.write(self.run_directory, entry)
+        given_up = (
+            decision.name == "stop"
+            and decision.exit_code == EXIT_DO_NOT_RESTART
+            and facts.status_code != EXIT_DO_NOT_RESTART
+        )
+        silent = status is not None and facts.status_code is None and not facts.finished
+        if given_up or silent:
+            say_failed(self.run_directory, decision.exit_code, decision.reason)
+
+    def _leave_out_nodes(self, job: JobFacts) -> None:
+        """Let the job, which is in the queue again, avoid nodes that the run failed on."""
+        noted = {node.host for node in excluded_nodes.read(self.run_directory)}
+        if not noted:
+            return
+        active = excluded_nodes.excluded_now(self.run_directory, self.max_excluded_nodes)
+        try:
+            before = expand_hostlist(job.excluded) if job.excluded else []
+            own = [host for host in before if host not in noted]
+            room = excluded_nodes.that_leave_room(active, job, own, nodes_of(partition=job.partition or None))
+            wanted = excluded_nodes.merged(before, noted, room)
+            if set(wanted) != set(before):
+                self.patience.ask(lambda: exclude_nodes(self.place.job, wanted))
+        except (SlurmCommandError, ValueError) as error:
+            self.say(f"no node is left out of the next attempt: {error}")
+            return
+        if room:
+            self.say(f"left out of the next attempt: {', '.join(room)}")
+        if len(room) < len(active):
+            rest = ", ".join(host for host in active if host not in room)
+            self.say(f"not left out, since too few nodes would remain for the job: {rest}")
+
+    def _tell(self, decision: Decision) -> None:
+        words = {
+            "done": "done", "requeue": "requeued", "retry": "requeued after a failure",
+            "scheduler": "not requeued by itself", "stop": "not requeued",
+        }  # fmt: skip
+        self.say(f"job {self.place.job} {words[decision.name]}: {decision.reason}")
+
+    def _hosts(self) -> list[str]:
+        with contextlib.suppress(ValueError):
+            return expand_hostlist(self.place.nodes) if self.place.nodes else []
+        return []
+
+    def _own_hosts(self, hosts: object) -> list[str]:
+        """Return the nodes of this job among the host names of a failure report: SLURM knows them by the first part."""
+        given = cast("list[object]", hosts) if isinstance(hosts, list) else []
+        named = {str(host).split(".")[0] for host in given}
+        return [host for host in self._hosts() if host in named]

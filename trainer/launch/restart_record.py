@@ -1,0 +1,123 @@
+"""RUN/slurm/restarts.json: how each attempt of the run's SLURM jobs ended, and what was decided then."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from trainer.core.durable import replace_text
+from trainer.core.private import directory_mode
+from trainer.launch.submit import slurm_directory
+
+DecisionName = Literal["running", "done", "requeue", "retry", "scheduler", "lost", "stop"]
+"""running: not ended yet. done: the run has finished. requeue: saved, goes on. retry: failed, tried again. scheduler:
+SLURM or an administrator put the job back. lost: the attempt ended without a word, and SLURM started the job again.
+stop: the job stays ended."""
+_NAME = "restarts.json"
+_VERSION = 1
+_COUNTED = ("requeue", "retry", "lost")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One start of a batch script."""
+
+    job: str
+    restart: int
+    """How often SLURM had started the job before."""
+    nodes: str = ""
+    """Host list."""
+    started_unix: float
+    attempt: int | None = None
+    """The run's own number of this start; None: the ranks did not get so far."""
+    step: int = 0
+    """Newest committed checkpoint when it ended."""
+    decision: DecisionName = "running"
+    reason: str = ""
+    exit_code: int | None = None
+    time_unix: float = 0.0
+    """When it was decided."""
+
+
+def read(run_directory: Path) -> list[Attempt]:
+    """Return all attempts, oldest first; empty where the file is missing, what is damaged in it is passed over."""
+    try:
+        content: object = json.loads((slurm_directory(run_directory) / _NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return []
+    entries = cast("dict[str, object]", content).get("attempts") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        return []
+    found = [_parse(entry) for entry in cast("list[object]", entries)]
+    return [attempt for attempt in found if attempt is not None]
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,), "int": (int,), "float": (int, float), "int | None": (int, type(None)), "DecisionName": (str,),
+}  # fmt: skip
+
+
+def _parse(entry: object) -> Attempt | None:
+    if not isinstance(entry, dict):
+        return None
+    given = cast("dict[str, Any]", entry)
+    values = {field.name: given[field.name] for field in fields(Attempt) if field.name in given}
+    if any(not isinstance(values.get(field.name, field.default), _TYPES[str(field.type)]) for field in fields(Attempt)):
+        return None
+    return Attempt(**values) if values.get("decision", "running") in get_args(DecisionName) else None
+
+
+def write(run_directory: Path, attempt: Attempt) -> None:
+    """Add ``attempt``, or replace what was noted of the same start. Raises OSError."""
+    attempts = read(run_directory)
+    same = [number for number, other in enumerate(attempts) if _key(other) == _key(attempt)]
+    if same:
+        attempts[same[-1]] = attempt
+    else:
+        attempts.append(attempt)
+    directory = slurm_directory(run_directory)
+    directory.mkdir(mode=directory_mode(), exist_ok=True)
+    content = {"version": _VERSION, "attempts": [asdict(one) for one in attempts]}
+    replace_text(directory / _NAME, json.dumps(content, indent=2) + "\n")
+
+
+def _key(attempt: Attempt) -> tuple[str, int]:
+    return attempt.job, attempt.restart
+
+
+def find(attempts: Sequence[Attempt], job: str, restart: int) -> Attempt | None:
+    """Return what was noted of a start, None if nothing was."""
+    return next((one for one in reversed(attempts) if _key(one) == (job, restart)), None)
+
+
+def restarts_without_progress(attempts: Sequence[Attempt], job: str, restart: int, step: int) -> int:
+    """Return how many automatic restarts in a row led to no checkpoint beyond ``step``, before start ``restart`` ends.
+
+    Counted back from the start before, within the job and to the last decision that ended it: what a person starts
+    begins anew. Restarts that SLURM made (preemption) say nothing of the run and are passed over.
+    """
+    count = 0
+    for one in _series(attempts, job, restart):
+        if one.decision in _COUNTED:
+            if one.step < step:
+                break
+            count += 1
+    return count
+
+
+def retries(attempts: Sequence[Attempt], job: str, restart: int) -> int:
+    """Return how often the job was started again after a failure."""
+    return sum(one.decision in ("retry", "lost") for one in _series(attempts, job, restart))
+
+
+def _series(attempts: Sequence[Attempt], job: str, restart: int) -> list[Attempt]:
+    """Return the starts of ``job`` before ``restart``, newest first, as far back as a person began it."""
+    series: list[Attempt] = []
+    for one in reversed([one for one in attempts if one.job == job and one.restart < restart]):
+        if one.decision in ("stop", "done"):
+            break
+        series.append(one)
+    return series
