@@ -42,8 +42,8 @@ class Parts:
     guard: Guard
     replicas: ReplicaCheck
     ranks: Ranks
-    open_sinks: Callable[[int], Fanout]
-    """Open logs and curves, cut back to a step."""
+    open_sinks: Callable[[int, float], Fanout]
+    """Open logs and curves, cut back to a step; of a start also how many seconds it took to restore it."""
     stop_requested: Callable[[], bool]
     """Whether this rank was asked to stop."""
     utilization: Callable[[float], float | None]

@@ -62,9 +62,10 @@ def _train(
         nonlocal sinks
         sinks.close()
         if directory is not None:
-            directory.clock.begin(
-                resume_step, restore_seconds, -(-environment.world_size // environment.local_world_size)
-            )
+            if not directory.started:  # a rewind is no other start
+                directory.clock.begin(
+                    resume_step, restore_seconds, -(-environment.world_size // environment.local_world_size)
+                )
             made = build_sinks(recipe, directory.path, resume_step, derived.total_steps, log.console_stream)
             goodput = GoodputSink(directory.clock, lambda record: sinks.goodput(record))
             sinks = Fanout([*made, goodput, StatusSink(directory, resume_step, derived.total_steps)])

@@ -41,6 +41,6 @@ def rewind(parts: Parts) -> Rewind | None:
     now.go_back(state)
     parts.loader.seek(state.consumed_samples, state.step)
     parts.sinks.close()
-    parts.sinks.replace(parts.open_sinks(state.step))
+    parts.sinks.replace(parts.open_sinks(state.step, 0.0))
     parts.saver.go_back()
     return done
