@@ -38,7 +38,7 @@ def recipe(trainer: Trainer, run: str, *, checkpoint: dict[str, Any] | None = No
 
 
 def train(trainer: Trainer, path: Path, faults: str = "") -> tuple[list[int], str]:
-    codes = trainer.train(path, faults=faults, before="bad_data")
+    codes = trainer.train(path, faults=faults, before="poison")
     return codes, path.with_suffix(".out").read_text()
 
 
@@ -64,7 +64,7 @@ def curve(run: Path, tag: str) -> list[int]:
 @pytest.mark.parametrize(("layout_name", "rank"), [("zero2", 0), ("stages", 1)])
 def test_nan_on_one_rank_refuses_the_step_on_all(trainer: Trainer, layout_name: str, rank: int) -> None:
     path = recipe(trainer, f"nan-{layout_name}", **LAYOUTS[layout_name])
-    codes, output = train(trainer, path, f"bad.step:{rank}:7:nan")
+    codes, output = train(trainer, path, f"poison.step:{rank}:7:nan")
     assert codes == [0, 0], output
     lines = exact_lines(trainer, path.stem)
     assert [line["skipped"] for line in lines] == [int(step >= 7) for step in range(1, STEPS + 1)]
@@ -78,7 +78,7 @@ def test_nan_on_one_rank_refuses_the_step_on_all(trainer: Trainer, layout_name: 
 
 def test_a_refused_spike_leaves_what_a_refused_nan_does(trainer: Trainer) -> None:
     path = recipe(trainer, "skipped", guard={"on_spike": "skip"}, **LAYOUTS["zero2"])
-    codes, output = train(trainer, path, "bad.step:1:7:gradient")
+    codes, output = train(trainer, path, "poison.step:1:7:gradient")
     assert codes == [0, 0], output
     (event,) = events(trainer, "skipped")
     assert (event["step"], event["kind"], event["action"]) == (7, "gradient spike", "skipped")
@@ -97,7 +97,7 @@ def test_a_refused_spike_leaves_what_a_refused_nan_does(trainer: Trainer) -> Non
 )
 def test_persistent_inf_ends_the_run(trainer: Trainer, policy: dict[str, Any], words: str, step: int) -> None:
     path = recipe(trainer, f"fatal-{step}", **policy)
-    codes, output = train(trainer, path, "bad.samples:1:48-200:inf")
+    codes, output = train(trainer, path, "poison.samples:1:48-200:inf")
     assert codes == [93, 93], output
     status = trainer.status(path.stem)
     assert words in status["reason"]
@@ -113,7 +113,7 @@ def test_a_spike_is_rewound_and_a_restart_goes_on_alike(trainer: Trainer, layout
         "data": {"workers": 2}, "telemetry": {"tensorboard": True}, **LAYOUTS[layout_name],
     }  # fmt: skip
     straight = recipe(trainer, f"{layout_name}-straight", **settings)
-    codes, output = train(trainer, straight, "bad.samples:*:136-151:spike")
+    codes, output = train(trainer, straight, "poison.samples:*:136-151:spike")
     assert codes == [0, 0], output
     run, lines = trainer.directory / straight.stem, exact_lines(trainer, straight.stem)
     steps = list(range(1, STEPS + 1))
@@ -132,7 +132,7 @@ def test_a_spike_is_rewound_and_a_restart_goes_on_alike(trainer: Trainer, layout
         assert which(trainer, straight.stem, step)["batch_hash"] == lines[step - 1]["batch_hash"]
 
     killed = recipe(trainer, f"{layout_name}-killed", **settings)
-    codes, output = train(trainer, killed, "bad.samples:*:136-151:spike,bad.rewound:*:13:kill")
+    codes, output = train(trainer, killed, "poison.samples:*:136-151:spike,poison.rewound:*:13:kill")
     assert codes == [-9, -9], output
     codes, output = train(trainer, killed)  # with what the rewind left out, though nothing is wrong any more
     assert codes == [0, 0], output
@@ -146,7 +146,7 @@ def test_a_spike_is_rewound_and_a_restart_goes_on_alike(trainer: Trainer, layout
 
 def test_rewinds_end_where_the_spike_stays(trainer: Trainer) -> None:
     path = recipe(trainer, "endless", guard={"on_spike": "rewind", "max_rewinds": 2})
-    codes, output = train(trainer, path, "bad.samples:*:96-9999:spike")
+    codes, output = train(trainer, path, "poison.samples:*:96-9999:spike")
     assert codes == [93, 93], output
     assert "went back 2 times within 1000 steps" in trainer.status("endless")["reason"]
     found = [(event["step"], event["action"]) for event in events(trainer, "endless")]
@@ -163,7 +163,7 @@ def test_rewinds_end_where_the_spike_stays(trainer: Trainer) -> None:
 
 def test_without_a_checkpoint_to_go_back_to_the_step_is_skipped(trainer: Trainer) -> None:
     path = recipe(trainer, "nowhere", checkpoint={"every_steps": 50}, guard={"on_spike": "rewind"})
-    codes, output = train(trainer, path, "bad.samples:*:48-63:spike")
+    codes, output = train(trainer, path, "poison.samples:*:48-63:spike")
     assert codes == [0, 0], output
     assert "no checkpoint from before step 7 to go back to" in output
     assert [(e["step"], e["action"]) for e in events(trainer, "nowhere")] == [(7, "applied"), (8, "skipped")]
@@ -182,7 +182,7 @@ def test_a_copy_that_differs_ends_the_run_before_it_is_saved(
 ) -> None:
     name = "lm_head.weight" if run == "ties" else "transformer.ln_f.weight"
     path = recipe(trainer, run, guard={"replica_check_every_steps": 1000}, **sections)
-    codes = trainer.train(path, faults=f"bad.weight:{rank}:10:{name}", before="bad_data", world=world)
+    codes = trainer.train(path, faults=f"poison.weight:{rank}:10:{name}", before="poison", world=world)
     assert codes == [1] * world, path.with_suffix(".out").read_text()
     reason = trainer.status(run)["reason"]
     host = socket.gethostname()

@@ -32,9 +32,11 @@ def test_who_is_missing_is_named(trainer, kind, words):
     recipe = trainer.recipe(kind, launch={"rendezvous_timeout_seconds": SECONDS})
     with socket.create_server(("", 0)) as taken:
         variables = {"MEET": kind, "TAKEN_PORT": str(taken.getsockname()[1])}
-        codes = trainer.train(recipe, before="meet_wrongly", variables=variables)
+        # Others that reach what took the port would wait for their launcher, which ends them with rank 0.
+        world = 1 if kind == "taken" else 2
+        codes = trainer.train(recipe, before="meet_wrongly", variables=variables, world=world)
     said = recipe.with_suffix(".out").read_text()
-    assert codes == [1, 1], said
+    assert set(codes) == {1}, said
     assert re.search(words, said), said
     assert "Traceback" not in said
     assert trainer.status(kind)["state"] == "failed"

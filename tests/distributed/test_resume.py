@@ -5,13 +5,16 @@ Each run is a process group of its own, forked from one that has imported torch 
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
 from forked_runs import STEPS, Trainer, exact_lines
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer.data.shards import ShardWriter
 
@@ -225,3 +228,47 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(trainer: Trainer) -> No
     assert (status["state"], status["exit_code"], status["last_checkpoint_step"]) == ("stopped", 75, 7)
     trainer.check(trainer.train(recipe), recipe)
     assert trainer.metrics("signal") == trainer.metrics("signal-straight")
+
+
+def test_a_killed_run_accounts_for_its_time(trainer: Trainer) -> None:
+    """Killed in step 13, after the checkpoint of step 10: two steps are lost, and no time goes missing."""
+    recipe = trainer.recipe("accounted", telemetry={"tensorboard": True})
+    began = time.time()
+    assert trainer.train(recipe, faults="train.step:*:13:kill") == [-9, -9]
+    killed = time.time()
+    trainer.check(trainer.train(recipe), recipe)
+    run = trainer.directory / "accounted"
+    times = [json.loads((run / "attempts" / name / "timing.json").read_text()) for name in ("0001", "0002")]
+    # What rank 0 could no longer write of steps 11 and 12 was taken from metrics.jsonl before that was cut.
+    assert [(one["resumed_step"], one["last_step"]) for one in times] == [(0, 12), (10, 20)]
+    assert [(one["outcome"], one["world_size"], one["nodes"]) for one in times] == [(None, 2, 1), ("finished", 2, 1)]
+    assert times[0]["restore_seconds"] == 0 < times[1]["restore_seconds"]
+    assert began < times[0]["started_unix"] < times[0]["first_step_unix"] < times[0]["last_step_unix"] < killed
+    assert times[0]["evaluation_seconds"] > times[0]["first_evaluation_seconds"] > 0
+    assert times[1]["first_evaluation_seconds"] == 0
+    assert times[1]["saves"] == 1
+    report = json.loads((run / "report.json").read_text())
+    found = report["goodput"]
+    assert (found["restarts"], found["steps"], found["lost_steps"]) == (1, STEPS, 2)
+    lines = [line for line in map(json.loads, (run / "metrics.jsonl").open()) if "kind" not in line]
+    assert found["productive_seconds"] == pytest.approx(sum(line["step_seconds"] for line in lines))
+    first, second = report["attempts"]
+    kept = sum(line["step_seconds"] for line in lines if line["step"] <= 10)
+    assert first["redone_seconds"] == pytest.approx(times[0]["step_seconds"] - kept)
+    assert 0 < first["redone_seconds"] < times[0]["step_seconds"]
+    parts = ("productive", "startup", "restore", "redone", "evaluation", "save", "other")
+    for attempt in (first, second):
+        assert sum(attempt[f"{part}_seconds"] for part in parts) == pytest.approx(attempt["allocated_seconds"])
+        assert all(attempt[f"{part}_seconds"] > 0 for part in ("productive", "startup", "evaluation"))
+    assert found["allocated_seconds"] + found["waiting_seconds"] == pytest.approx(report["wall_seconds"])
+    assert report["wall_seconds"] <= times[1]["ended_unix"] - began
+    assert trainer.status("accounted")["goodput"]["lost_steps"] == 2
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    drawn = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert drawn["goodput/lost_steps"] == [(10, 0.0), (20, 2.0)]
+    assert drawn["goodput/restarts"] == [(10, 0.0), (20, 1.0)]
+    assert drawn["goodput/fraction"][1][1] == pytest.approx(found["fraction"], rel=0.1)
+    assert drawn["goodput/restore_seconds"][1][1] == pytest.approx(times[1]["restore_seconds"])
+    said = recipe.with_suffix(".out").read_text()
+    assert said.count("restarts    1, 2 steps lost") == 1
+    assert "1: steps 1-12, 2 lost" in said

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer.config.yaml_text import parse_yaml
 from trainer.preflight.data import write_tiny_shard
 
 pytestmark = pytest.mark.slurm
@@ -65,24 +66,154 @@ def test_bad_runs_are_refused_before_sbatch(slurm_cluster, recipe):
     assert slurm_cluster.run(["squeue", "-h", "-n", "tiny", "-t", "all"]).stdout == ""
 
 
-def test_submitted_run_is_in_the_queue(slurm_cluster, recipe):
-    run_directory = recipe.parent / "runs" / "tiny"
-    # A closed partition, so that the test sees the job pending; the run itself is another test's business.
+@pytest.fixture
+def closed(slurm_cluster):
+    """A closed partition: jobs wait, so that a test sees the queue; the run itself is another test's business."""
     slurm_cluster.run(["scontrol", "update", "partition=main", "state=down"])
-    try:
-        done = slurm_cluster.run([*TRAINER, "submit", "recipe.yaml"], cwd=recipe.parent)
-        assert done.returncode == 0, done.stderr
-        job = done.stdout.strip()
-        shown = slurm_cluster.run([*TRAINER, "status", str(run_directory), "--json"])
-        assert shown.returncode == 0, shown.stderr
-        status = json.loads(shown.stdout)
-        assert status["job_id"] == job
-        assert status["job_state"] == "PENDING"
-        assert slurm_cluster.fields(job)["WorkDir"] == str(recipe.parent)
-    finally:
-        slurm_cluster.run(["scancel", "--name=tiny"])
-        slurm_cluster.run(["scontrol", "update", "partition=main", "state=up"])
+    yield
+    slurm_cluster.run(["scancel", "--name=tiny"])
+    slurm_cluster.run(["scontrol", "update", "partition=main", "state=up"])
+
+
+def status_of(cluster, directory: Path) -> dict:
+    shown = cluster.run([*TRAINER, "status", str(directory), "--json"])
+    assert shown.returncode == 0, shown.stderr
+    return json.loads(shown.stdout)
+
+
+def test_chain_waits_is_shown_and_cancelled(slurm_cluster, closed, recipe):
+    run_directory = recipe.parent / "runs" / "tiny"
+    (recipe.parent / "site.yaml").write_text("partition: main\ntime: '00:30:00'\nenvironment: {GREETING: a b}\n")
+    before = slurm_cluster.run(["sbatch", "--parsable", "--job-name=tiny", "--wrap=true"]).stdout.strip()
+    arguments = ["recipe.yaml", "--profile", "site.yaml", "--chain", "3", "--after", before, "--singleton"]
+    done = slurm_cluster.run([*TRAINER, "submit", *arguments], cwd=recipe.parent)
+    assert done.returncode == 0, done.stderr
+    assert "profile: site (site.yaml)" in done.stderr
+    jobs = done.stdout.split()
+    assert len(jobs) == 3
+    script = (run_directory / "slurm" / "submit-0001.sbatch").read_text()
+    assert "#SBATCH --time=00:10:00\n" in script, "the recipe wins over the profile"
+    assert "export GREETING='a b'\n" in script
+    first, second, third = (slurm_cluster.fields(job) for job in jobs)
+    assert first["WorkDir"] == str(recipe.parent)
+    assert first["Dependency"] == f"afterany:{before}(unfulfilled),singleton(unfulfilled)"
+    assert second["Dependency"].startswith(f"afterany:{jobs[0]}(")
+    assert third["Dependency"].startswith(f"afterany:{jobs[1]}(")
+
+    status = status_of(slurm_cluster, run_directory)
+    assert (status["job_id"], status["job_state"]) == (jobs[0], "PENDING")
+    assert [(job["id"], job["state"]) for job in status["jobs"]] == [(job, "PENDING") for job in jobs]
+    assert status["jobs"][1]["reason"] == "Dependency"
+    shown = slurm_cluster.run([*TRAINER, "status", str(run_directory)]).stdout
+    assert f"{jobs[1]}" in shown
+    assert "Dependency" in shown
+
+    cancelled = slurm_cluster.run([*TRAINER, "cancel", str(run_directory)])
+    assert cancelled.stdout.splitlines() == [f"{job}: out of the queue" for job in jobs], cancelled.stderr
+    assert [slurm_cluster.state(job) for job in jobs] == ["CANCELLED"] * 3
+    again = slurm_cluster.run([*TRAINER, "cancel", str(run_directory)])
+    assert (again.returncode, "nothing to cancel" in again.stdout) == (0, True)
+
+
+def test_sweep_is_an_array_of_runs(slurm_cluster, closed, recipe):
+    directory = recipe.parent / "runs" / "tiny"
+    axes = ["--sweep", "optimizer.learning_rate=1e-4,3e-4", "--sweep", "batch.micro_size=1,2", "--max-running", "2"]
+    done = slurm_cluster.run([*TRAINER, "submit", "recipe.yaml", *axes], cwd=recipe.parent)
+    assert done.returncode == 0, done.stderr
+    array = done.stdout.strip()
+    fields = slurm_cluster.fields(array)
+    assert (fields["ArrayTaskId"], fields["ArrayTaskThrottle"]) == ("1-4%2", "2")
+    tasks = status_of(slurm_cluster, directory)["tasks"]
+    assert [task["values"] for task in tasks] == [
+        {"optimizer.learning_rate": rate, "batch.micro_size": size} for rate in (1e-4, 3e-4) for size in (1, 2)
+    ]
+    assert [(task["job_id"], task["job_state"]) for task in tasks] == [
+        (f"{array}_{n}", "PENDING") for n in (1, 2, 3, 4)
+    ]
+    one = slurm_cluster.run([*TRAINER, "cancel", str(directory / "tiny-0003")])
+    assert one.stdout == f"{array}_3: out of the queue\n", one.stderr
+    refused = slurm_cluster.run([*TRAINER, "cancel", str(directory)])
+    assert (refused.returncode, "--all" in refused.stderr) == (2, True)
+    rest = slurm_cluster.run([*TRAINER, "cancel", str(directory), "--all"])
+    assert rest.stdout.splitlines() == [f"{array}_{n}: out of the queue" for n in (1, 2, 4)]
+
+
+def test_bad_sweep_is_refused_with_the_problems_of_all_tasks(slurm_cluster, recipe):
+    before = files(recipe.parent)
+    axes = ["--sweep", "optimizer.learning_rate=1e-4,-1", "--sweep", "batch.micro_size=3,1"]
+    done = slurm_cluster.run([*TRAINER, "submit", "recipe.yaml", *axes], cwd=recipe.parent)
+    assert done.returncode == 2
+    assert "2 of 4 tasks" in done.stderr
+    assert "batch.global_size" in done.stderr
+    assert "optimizer.learning_rate = -1" in done.stderr
+    assert files(recipe.parent) == before
+
+
+def test_array_drains_once_the_run_is_done(slurm_cluster, closed, recipe):
+    run_directory = recipe.parent / "runs" / "tiny"
+    # Ranks that were started all the same would fail: there is no srun.
+    arguments = ["recipe.yaml", "--array", "3", "launch.slurm.setup=['srun() { exit 1; }']"]
+    done = slurm_cluster.run([*TRAINER, "submit", *arguments], cwd=recipe.parent)
+    assert done.returncode == 0, done.stderr
+    array = done.stdout.strip()
+    (run_directory / "DONE").write_text("{}")
+    slurm_cluster.run(["scontrol", "update", "partition=main", "state=up"])
+    assert [slurm_cluster.wait(f"{array}_{task}") for task in (1, 2, 3)] == ["COMPLETED"] * 3
+    for task in (1, 2, 3):
+        assert "is done" in (run_directory / "logs" / f"slurm-{array}_{task}.out").read_text()
+    # Asked for again, a run that was done before goes on to its ranks, which know how many steps are wanted.
+    again = slurm_cluster.run([*TRAINER, "submit", *arguments[:1], arguments[3]], cwd=recipe.parent)
+    assert slurm_cluster.wait(again.stdout.strip()) == "FAILED", again.stderr
+
+
+def test_running_job_is_asked_to_save_or_ended_now(slurm_cluster, recipe):
+    run_directory = recipe.parent / "runs" / "tiny"
+    arguments = ["recipe.yaml", "launch.slurm.setup=['touch runs/tiny/here; echo x > runs/tiny/here; exec sleep 60']"]
+    job = slurm_cluster.run([*TRAINER, "submit", *arguments], cwd=recipe.parent).stdout.strip()
+    slurm_cluster.wait_for(run_directory / "here")
+    asked = slurm_cluster.run([*TRAINER, "cancel", str(run_directory)])
+    assert asked.stdout.startswith(f"{job}: asked to save and stop"), asked.stderr
+    assert json.loads((run_directory / "control.json").read_text())["action"] == "stop"
+    assert slurm_cluster.state(job) == "RUNNING"
+    status = status_of(slurm_cluster, run_directory)
+    assert status["jobs"][0]["nodes"] == "node1"
+    assert status["jobs"][0]["restarts"] == 0
+    assert status["jobs"][0]["end_unix"] > status["jobs"][0]["start_unix"] > 0
+    ended = slurm_cluster.run([*TRAINER, "cancel", str(run_directory), "--now"])
+    assert ended.stdout.startswith(f"{job}: ends"), ended.stderr
     assert slurm_cluster.wait(job) == "CANCELLED"
     missing = slurm_cluster.run([*TRAINER, "status", str(recipe.parent / "nothing")])
     assert missing.returncode == 2
     assert "is not a directory" in missing.stderr
+
+
+def test_probe_writes_a_profile_that_submit_takes(slurm_cluster, recipe, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    places = {"XDG_CONFIG_HOME": str(home / "config"), "HOME": str(home), "SCRATCH": "/proc"}
+    done = slurm_cluster.run([*TRAINER, "submit", "--probe"], cwd=recipe.parent, env=places)
+    assert done.returncode == 0, done.stderr
+    profile = home / "config" / "trainer" / "profiles" / "test.yaml"
+    assert profile.stat().st_mode & 0o777 == 0o600
+    text = profile.read_text()
+    values = parse_yaml(text)
+    assert values.pop("time") == "24:00:00"
+    assert values == {
+        "partition": "main", "gpus_per_node": 4, "gres_style": "gpus-per-node", "cpus_per_task": 2,
+        "memory_per_node": "8000M", "network_interface": "eth0",
+    }  # fmt: skip
+    for fact in (
+        "SLURM 2",
+        "JobRequeue 1",
+        "pmi2",
+        "node1",
+        str(recipe.parent),
+        "KillWait 5 sec",
+        "SLURM_JOB_END_TIME",
+    ):
+        assert fact in text
+    assert not list(recipe.parent.glob(".trainer-probe*"))
+    arguments = ["submit", "recipe.yaml", "--profile", "test", "--gpus-per-node", "4", "--dry-run"]
+    shown = slurm_cluster.run([*TRAINER, *arguments], cwd=recipe.parent, env=places)
+    assert shown.returncode == 0, shown.stderr
+    assert "#SBATCH --mem=8000M\n" in shown.stdout
+    assert "export GLOO_SOCKET_IFNAME=eth0\n" in shown.stdout

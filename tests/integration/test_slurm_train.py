@@ -14,6 +14,12 @@ from trainer.data.shards import ShardWriter
 
 pytestmark = pytest.mark.slurm
 STEPS = 16
+SECRETS = {
+    "HF_TOKEN": "hf_PLANTEDplantedPLANTEDplanted",
+    "WANDB_API_KEY": "0123plantedplanted4567planted89",
+    "MY_SERVICE_TOKEN": "planted-in-the-submitting-shell",
+}
+"""In the shell that submits, and so in the environment of every rank."""
 
 
 @pytest.fixture
@@ -53,17 +59,27 @@ def test_two_nodes_train_are_killed_and_go_on(slurm_cluster, recipe: Path) -> No
     run = recipe.parent / "run"
     submit = [sys.executable, "-m", "trainer", "submit", str(recipe), "--nodes", "2", "--gpus-per-node", "0"]
 
-    def job(**environment: str) -> str:
-        done = slurm_cluster.run(submit, env=environment, cwd=recipe.parent)
+    secret = recipe.parent / "secret"
+    secret.write_text("planted-in-a-file\n")
+    profile = recipe.parent / "site.yaml"
+    profile.write_text(
+        f"{{setup: ['export FROM_FILE_TOKEN=\"$(cat {secret})\"'], environment: {{GREETING: it works}}}}"
+    )
+    submit += ["--profile", str(profile)]
+
+    def job(*overrides: str, **environment: str) -> str:
+        done = slurm_cluster.run([*submit, *overrides], env={**SECRETS, **environment}, cwd=recipe.parent)
         assert done.returncode == 0, done.stderr
         return slurm_cluster.wait(done.stdout.split()[0], timeout=240)
 
     log = lambda: "\n".join(path.read_text()[-3000:] for path in (run / "logs").glob("slurm-*.out"))  # noqa: E731
-    assert job(TRAINER_ALLOW_FAULTS="1", TRAINER_FAULTS="train.step:3:13:kill") == "FAILED", log()
+    faults = {"TRAINER_ALLOW_FAULTS": "1", "TRAINER_FAULTS": "train.step:3:13:kill"}
+    assert job("launch.slurm.preflight=false", **faults) == "FAILED", log()
     assert len(list((run / "logs").glob("rank-*.log"))) == 4
     assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == ["step-00000005", "step-00000010"]
 
     assert job() == "COMPLETED", log()
+    assert "allocation of 4 ranks: ok" in log(), "two nodes are checked before they train"
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["step"], status["resumed_step"], status["restarts"]) == ("finished", STEPS, 10, 1)
     environment = json.loads((run / "environment.json").read_text())
@@ -81,6 +97,11 @@ def test_two_nodes_train_are_killed_and_go_on(slurm_cluster, recipe: Path) -> No
                 "time/step_seconds", "time/data_wait_seconds", "time/forward_backward_seconds", "memory/peak_bytes",
                 "validation/v/perplexity"):  # fmt: skip
         assert tag in tags
+
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix in (".out", ".log", ".sbatch")]) >= 8
+    for secret in (*SECRETS.values(), "planted-in-a-file"):
+        assert [path for path in files if secret.encode() in path.read_bytes()] == []
 
     shown = slurm_cluster.run([sys.executable, "-m", "trainer", "status", str(run), "--json"])
     assert json.loads(shown.stdout)["state"] == "finished"

@@ -99,6 +99,11 @@ VARIANTS = {
         run_directory=Path("/home/me/runs/pretrain"),
     ),
     "array": dataclasses.replace(PLAN, array="1-5%1"),
+    "preflight": dataclasses.replace(
+        PLAN,
+        starter="torchrun",
+        node_check=("/usr/bin/python3", "-m", "trainer", "check", "/home/me/my recipe.yaml", "--on-node"),
+    ),
     "sweep": dataclasses.replace(
         PLAN,
         array="1-12%4",
@@ -186,9 +191,26 @@ def test_secret_is_refused_without_repeating_it(changes):
         assert secret not in str(error.value)
 
 
+def test_secret_on_the_command_line_is_refused():
+    command = ("python3", "-m", "trainer", "train", "recipe.yaml", "telemetry.api_key=0123456789abcdef")
+    with pytest.raises(RefusedError, match=r"telemetry\.api_key=<redacted>") as error:
+        render(dataclasses.replace(PLAN, command=command))
+    assert "0123456789abcdef" not in str(error.value)
+
+
 @pytest.mark.parametrize("line", ['export HF_TOKEN="$(cat ~/.token)"', "export HF_TOKEN=$TOKEN", "source ~/.secrets"])
 def test_secret_read_from_elsewhere_is_taken(line):
     assert line in render(dataclasses.replace(PLAN, setup=(line,)))
+
+
+def test_agent_in_a_container_is_the_images_own():
+    script = render(dataclasses.replace(VARIANTS["apptainer"], starter="torchrun"))
+    assert "/images/train.sif python3 -m trainer.launch.torchrun 8 -- " in script
+
+
+def test_pyxis_without_srun_is_refused():
+    with pytest.raises(RefusedError, match="is a plugin of srun"):
+        render(dataclasses.replace(VARIANTS["pyxis"], starter="mpirun"))
 
 
 @pytest.mark.parametrize(

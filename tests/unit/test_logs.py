@@ -213,3 +213,38 @@ def test_bytes(value: float, text: str) -> None:
 )  # fmt: skip
 def test_durations(value: float | None, text: str) -> None:
     assert format_duration(value) == text
+
+
+def test_logs_of_many_ranks_lie_in_several_directories() -> None:
+    assert rank_log_path(Path("run"), 999) == Path("run/logs/rank-00999.log")
+    assert rank_log_path(Path("run"), 1000) == Path("run/logs/01xxx/rank-01000.log")
+    assert rank_log_path(Path("run"), 12_345) == Path("run/logs/12xxx/rank-12345.log")
+
+
+def test_large_log_is_put_aside(tmp_path: Path) -> None:
+    """The newest lines stay, whoever writes them; the file before the last one is gone."""
+    code = """
+import logging, os, subprocess, sys
+from pathlib import Path
+from trainer.core.logs import open_rank_log
+with open_rank_log(Path(sys.argv[1]), 0, 20_000) as log:
+    for part in range(3):
+        print(f"part {part}", "x" * 10_000, flush=True)
+        assert log.put_aside_above(10_000)
+        assert not log.put_aside_above(10_000)
+    print("python")
+    logging.getLogger("x").warning("logging")
+    os.write(2, b"descriptor\\n")
+    subprocess.run(["echo", "child"], check=True)
+print("console")
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "console\n"), done.stderr
+    path = rank_log_path(tmp_path, 0)
+    newest, aside = path.read_text(), path.with_name("rank-00000.log.1").read_text()
+    assert newest.startswith("==== continued; what was before is in rank-00000.log.1 ====\n")
+    for words in ("python\n", "logging\n", "descriptor\n", "child\n"):
+        assert words in newest
+    assert "part 2" in aside
+    assert "part 1" not in aside
+    assert len(list(path.parent.iterdir())) == 2

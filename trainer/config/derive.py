@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from trainer.config.batch_schedule import samples_through, steps_for
+from trainer.config.hostfile import hosts_of
 from trainer.config.parallel import BatchConfig
 from trainer.config.run import Recipe
 from trainer.core.errors import Problem, RecipeError
@@ -30,7 +31,12 @@ class Derived:
 
 
 def world_size_of(recipe: Recipe) -> int:
-    """Return the number of ranks the recipe starts when no launcher has started them already."""
+    """Return the number of ranks the recipe starts when no launcher has started them already.
+
+    Raises RecipeError where the hostfile of launch.launcher: ssh can't be used.
+    """
+    if recipe.launch.launcher == "ssh":
+        return sum(len(host.slots) for host in hosts_of(recipe.launch))
     if recipe.launch.launcher == "slurm":
         slurm = recipe.launch.slurm
         return slurm.nodes * (slurm.gpus_per_node or recipe.launch.processes)

@@ -21,7 +21,14 @@ __all__ = ["json_schema", "load_recipe", "read_mapping", "recipe_problems", "rec
 
 MAXIMUM_BYTES = 1_000_000
 PATH_LISTS = ("data.train", "data.validation")
-PATHS = ("run.directory", "model.path", "tokenizer.path", "deepspeed.base", *(f"{key}.path" for key in PATH_LISTS))
+PATHS = (
+    "run.directory",
+    "model.path",
+    "tokenizer.path",
+    "deepspeed.base",
+    "launch.hostfile",
+    *(f"{key}.path" for key in PATH_LISTS),
+)
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -73,7 +73,7 @@ def slurm_problems(settings: object) -> list[Problem]:
         *_options(getattr(settings, "sbatch_options", {})),
         *_environment(getattr(settings, "environment", {})),
         *_setup(getattr(settings, "setup", ())),
-        *_container(getattr(settings, "container", None)),
+        *_container(getattr(settings, "container", None), getattr(settings, "starter", "srun")),
     ]
 
 
@@ -151,10 +151,13 @@ def _secret_fix(name: str) -> str:
     )
 
 
-def _container(container: ContainerConfig | None) -> Iterable[Problem]:
+def _container(container: ContainerConfig | None, starter: str) -> Iterable[Problem]:
     if container is None:
         return
     key = "launch.slurm.container"
+    if container.runtime == "pyxis" and starter not in ("srun", "torchrun"):
+        rule = f"is a plugin of srun, but launch.slurm.starter = {starter}"
+        yield Problem(f"{key}.runtime", container.runtime, rule, "use apptainer, or starter: srun")
     if not IMAGE.fullmatch(container.image):
         rule = "is no image that can be written into a batch script"
         yield Problem(f"{key}.image", container.image, rule, "use letters, digits and ./:#@+=~-_ only")

@@ -23,5 +23,7 @@ class TelemetryConfig(Section):
     """Steps between lines of metrics.jsonl and points in TensorBoard."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    log_cap_bytes: int | None = Field(default=200_000_000, ge=10_000)
+    """Most that the log of a rank takes, the part that was put aside included; older lines are lost. Null: no cap."""
     wandb: None = None
     """Not available yet."""

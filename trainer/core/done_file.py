@@ -49,8 +49,9 @@ def read_done(run_directory: Path) -> Done | None:
         return None
     given = cast("dict[str, Any]", content)
     step, attempt, reason, at = (given.get(name) for name in ("step", "attempt", "reason", "time_unix"))
-    sound = type(step) is int and type(attempt) is int and type(at) in (int, float)
-    return Done(step, attempt, reason if isinstance(reason, str) else None, at) if sound else None
+    if type(step) is not int or type(attempt) is not int or not isinstance(at, int | float):
+        return None
+    return Done(step, attempt, reason if isinstance(reason, str) else None, at)
 
 
 def remove_done(run_directory: Path) -> None:

@@ -21,8 +21,10 @@ from typing import Literal
 from trainer.core.errors import Problem, RefusedError
 from trainer.core.hostlist import expand_hostlist, expand_tasks_per_node
 
-Launcher = Literal["local", "torchrun", "deepspeed", "environment", "slurm", "openmpi", "mpich"]
-_RANK_LAUNCHERS: tuple[Launcher, ...] = ("local", "torchrun", "deepspeed", "environment", "slurm", "openmpi", "mpich")
+Launcher = Literal["local", "ssh", "torchrun", "deepspeed", "environment", "slurm", "openmpi", "mpich"]
+_RANK_LAUNCHERS: tuple[Launcher, ...] = (
+    "local", "ssh", "torchrun", "deepspeed", "environment", "slurm", "openmpi", "mpich",
+)  # fmt: skip
 
 LAUNCHER_VARIABLE = "TRAINER_LAUNCHER"
 PARENT_VARIABLE = "TRAINER_LAUNCHER_PID"
@@ -213,7 +215,7 @@ def die_with_parent(environment: Mapping[str, str]) -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     # Not "parent is 1": a launcher may itself be process 1 of a container.
-    if environment.get(LAUNCHER_VARIABLE) == "local" and environment.get(PARENT_VARIABLE) != str(os.getppid()):
+    if environment.get(LAUNCHER_VARIABLE) in ("local", "ssh") and environment.get(PARENT_VARIABLE) != str(os.getppid()):
         os.kill(os.getpid(), signal.SIGKILL)
 
 

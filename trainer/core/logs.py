@@ -1,7 +1,8 @@
 """One log file per rank that catches everything the process prints, C++ libraries and subprocesses included.
 
-``RUN/logs/rank-00000.log`` is appended to across restarts. The real console stays reachable through the streams of
-:class:`RankLog`, so that a person sees only what is meant for them.
+``RUN/logs/rank-00000.log`` is appended to across restarts, and put aside as ``rank-00000.log.1`` when it grows too
+large. The real console stays reachable through the streams of :class:`RankLog`, so that a person sees only what is
+meant for them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -25,9 +27,17 @@ STDOUT = 1
 STDERR = 2
 
 
+_DIRECTORY_RANKS = 1000
+"""Ranks whose logs lie in one directory: parallel file systems are slow where one holds many thousand files."""
+_CHECK_SECONDS = 10.0
+
+
 def rank_log_path(run_directory: Path, rank: int) -> Path:
-    """Return RUN/logs/rank-00000.log."""
-    return run_directory / "logs" / f"rank-{rank:05d}.log"
+    """Return RUN/logs/rank-00000.log; from rank 1000 on, RUN/logs/01xxx/rank-01000.log."""
+    logs = run_directory / "logs"
+    if rank >= _DIRECTORY_RANKS:
+        logs /= f"{rank // _DIRECTORY_RANKS:02d}xxx"
+    return logs / f"rank-{rank:05d}.log"
 
 
 class RankLog:
@@ -38,6 +48,8 @@ class RankLog:
     """
 
     path: Path
+    first_path: Path
+    """The log of rank 0."""
     console_stream: TextIO
     """What stdout was on rank 0 (``isatty()`` tells the truth); swallows everything on other ranks."""
     error_stream: TextIO
@@ -45,7 +57,7 @@ class RankLog:
 
     def __init__(self, path: Path, rank: int) -> None:
         """Redirect to ``path``. Raises OSError, with nothing redirected, if the log can't be opened."""
-        self.path = path
+        self.path = self.first_path = path
         self._restored = False
         _ensure_open(STDOUT)
         _ensure_open(STDERR)
@@ -64,6 +76,33 @@ class RankLog:
         self.console_stream = _text_stream(console, encoding)
         self.error_stream = _text_stream(os.dup(self._saved[STDERR]), encoding)
         self._route_logging(rank)
+        self._ended = threading.Event()
+
+    def keep_below(self, limit_bytes: int) -> None:
+        """Look at the log's size every 10 s from now on, and keep it and what was put aside below ``limit_bytes``."""
+
+        def watch() -> None:
+            while not self._ended.wait(_CHECK_SECONDS):
+                with contextlib.suppress(OSError):  # a full disk, say: the run is worth more than its log's size
+                    self.put_aside_above(limit_bytes // 2)
+
+        threading.Thread(target=watch, name="log size", daemon=True).start()
+
+    def put_aside_above(self, limit_bytes: int) -> bool:
+        """Start a new file where the log is larger than ``limit_bytes``, keeping the old one as PATH.1. Raises OSError.
+
+        Only files can be cut: C++ libraries and child processes write to descriptors. Processes that were started
+        before go on writing into the old file.
+        """
+        if os.fstat(STDERR).st_size <= limit_bytes:
+            return False
+        os.replace(self.path, f"{self.path}.1")
+        descriptor = _open_log(self.path)
+        os.write(descriptor, f"==== continued; what was before is in {self.path.name}.1 ====\n".encode())
+        for target in (STDOUT, STDERR, self._handler.stream.fileno()):
+            os.dup2(descriptor, target, inheritable=target in (STDOUT, STDERR))
+        os.close(descriptor)
+        return True
 
     def __enter__(self) -> RankLog:
         return self
@@ -80,6 +119,7 @@ class RankLog:
         if self._restored:
             return
         self._restored = True
+        self._ended.set()
         logging.captureWarnings(self._captured_warnings)
         root = logging.getLogger()
         root.handlers[:] = self._handlers
@@ -109,12 +149,17 @@ class RankLog:
         logging.captureWarnings(True)
 
 
-def open_rank_log(run_directory: Path, rank: int) -> RankLog:
+def open_rank_log(run_directory: Path, rank: int, limit_bytes: int | None = None) -> RankLog:
     """Send everything this process prints to RUN/logs/rank-<rank>.log from now on. Raises OSError.
 
-    Call it before torch and DeepSpeed are imported: they give streams to their loggers when they load.
+    ``limit_bytes`` bounds the log and the part of it that is put aside. Call it before torch and DeepSpeed are
+    imported: they give streams to their loggers when they load.
     """
     log = RankLog(rank_log_path(run_directory, rank), rank)
+    log.first_path = rank_log_path(run_directory, 0)
+    if limit_bytes is not None:
+        log.put_aside_above(limit_bytes // 2)
+        log.keep_below(limit_bytes)
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     print(f"==== start {now} rank {rank} pid {os.getpid()} host {socket.gethostname()} ====", flush=True)
     return log

@@ -16,15 +16,15 @@ from trainer.core.environ import PARENT_VARIABLE, RankEnvironment, export
 from trainer.core.errors import EXIT_DO_NOT_RESTART, EXIT_FAILURE, EXIT_OK, EXIT_REFUSED, EXIT_REQUEUE
 from trainer.launch.ports import free_port
 
-_FORWARDED = {
-    # The ranks have a session of their own: the terminal's Ctrl-C and hang-up reach the launcher only. Both become
-    # SIGTERM, which every rank answers by saving.
-    signal.SIGINT: signal.SIGTERM,
-    signal.SIGHUP: signal.SIGTERM,
-    signal.SIGTERM: signal.SIGTERM,
-    signal.SIGUSR1: signal.SIGUSR1,
-    signal.SIGUSR2: signal.SIGUSR2,
-}
+_FORWARDED = (
+    # The ranks have a session of their own: the terminal's Ctrl-C and hang-up reach the launcher only. Every rank
+    # answers by saving, and status.json says whether it was a person who asked.
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
 _SAME_SIGNAL_SECONDS = {signal.SIGINT: 0.1, signal.SIGTERM: 0.5}
 """A repeat within this time is the same request: process managers and SLURM deliver one stop several times."""
 _POLL_SECONDS = 0.05
@@ -74,25 +74,33 @@ def run_local(
     environment: Mapping[str, str] | None = None,
     grace_seconds: float = 5.0,
     say: Callable[[str], None] | None = None,
+    place: Callable[[int], RankEnvironment] | None = None,
 ) -> int:
     """Run ``command`` as ``processes`` ranks on this machine and return the exit code of the whole.
 
     Each rank gets its place by environment variables (`trainer.core.environ.export`), its own session, and our stdout
     and stderr. The first stop signal is passed on, so that the ranks save and exit 75; a second SIGINT or SIGTERM kills
     them. When a rank fails, the others get ``grace_seconds`` to notice by themselves, then SIGTERM, and as long again
-    before SIGKILL. Must be called from the main thread (signals, and PR_SET_PDEATHSIG is bound to the thread).
+    before SIGKILL. ``place`` gives the place of a local rank where there are ranks on other hosts too. Must be called
+    from the main thread (signals, and PR_SET_PDEATHSIG is bound to the thread).
 
     Returns 0 when every rank did, 93 or 2 when a rank did, 75 when the ranks that ended by themselves said 0 or 75 and
     at least one said 75, 128 + signal when the ranks died of the user's signal, 1 for everything else.
     """
     launcher = _Launcher(grace_seconds, say or _say_on_stderr)
+    place = place or _alone(processes)
     with launcher.signals_caught():
         try:
-            launcher.start(command, processes, dict(os.environ if environment is None else environment))
+            launcher.start(command, processes, dict(os.environ if environment is None else environment), place)
             launcher.watch()
         finally:
             launcher.kill_all()
     return launcher.exit_code()
+
+
+def _alone(processes: int) -> Callable[[int], RankEnvironment]:
+    port = free_port("127.0.0.1")
+    return lambda rank: RankEnvironment(rank, processes, rank, processes, 0, "127.0.0.1", port, "local")
 
 
 def _say_on_stderr(text: str) -> None:
@@ -111,6 +119,7 @@ class _Launcher:
         self.aborted_by: signal.Signals | None = None
         self.failed_at: float | None = None
         self.tolerates_repeats = False
+        self.incomplete = False
 
     @contextlib.contextmanager
     def signals_caught(self) -> Generator[None]:
@@ -130,15 +139,21 @@ class _Launcher:
             for signum in caught:
                 signal.signal(signum, previous[signum] if previous[signum] is not None else signal.SIG_DFL)
 
-    def start(self, command: list[str], processes: int, environment: dict[str, str]) -> None:
+    def start(
+        self,
+        command: list[str],
+        processes: int,
+        environment: dict[str, str],
+        place: Callable[[int], RankEnvironment],
+    ) -> None:
         # Inside a SLURM job the scheduler repeats SIGTERM while it waits, and sends SIGKILL itself in the end.
         self.tolerates_repeats = "SLURM_JOB_ID" in environment
-        port = free_port("127.0.0.1")
         for rank in range(processes):
             if self.pending:  # told to stop before all had started: the missing ranks would leave the others waiting
+                self.incomplete = True
                 break
             variables = dict(environment)
-            export(RankEnvironment(rank, processes, rank, processes, 0, "127.0.0.1", port, "local"), variables)
+            export(place(rank), variables)
             variables[PARENT_VARIABLE] = str(os.getpid())
             process = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, start_new_session=True)
             self.ranks.append(_Rank(rank, process))
@@ -160,13 +175,14 @@ class _Launcher:
                 self.say(f"second {signum.name}: killing every rank; the last committed checkpoint stays")
                 self.kill_all()
                 return
-            passed_on = _FORWARDED[signum]
-            if passed_on in self.forwarded:
+            if signum in self.forwarded:
                 continue
-            self.forwarded.add(passed_on)
+            self.forwarded.add(signum)
             self.say(f"{signum.name}: asking every rank to save and stop")
             for rank in self.running():
-                rank.tell(passed_on)
+                rank.tell(signum)
+            if self.incomplete:
+                self.kill_all()
 
     def is_second_stop(self, signum: signal.Signals, at: float) -> bool:
         if self.last_stop is None:

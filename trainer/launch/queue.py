@@ -103,7 +103,7 @@ def _json_jobs(fields: Mapping[str, Any], own: str, array: int | None) -> list[J
     job = Job(
         id=own,
         # A list in newer releases: the state, and flags such as COMPLETING or REQUEUED.
-        state=str(state[0] if isinstance(state, list) else state),
+        state=str(cast("list[object]", state)[0] if isinstance(state, list) else state),
         reason=_text(fields.get("state_reason")),
         start_unix=_number(fields.get("start_time")) or None,
         end_unix=_number(fields.get("end_time")) or None,

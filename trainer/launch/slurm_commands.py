@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import os
 import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 from trainer.core.errors import TrainerError
@@ -62,20 +60,15 @@ class JobFacts:
     """Constraint; empty: none."""
     excluded: str
     """Host list; empty: none."""
-    submitted_unix: float | None
-    """When it was submitted, or requeued."""
 
 
 def show_job(job_id: str) -> JobFacts:
     """Return the facts of a job that the controller still knows. Raises SlurmCommandError."""
     answer = _run(["scontrol", "show", "job", _checked(job_id), "-o"], _ASK_SECONDS)
-    names = "JobState|Reason|Restarts|NumNodes|Partition|Features|ExcNodeList|SubmitTime"
+    names = "JobState|Reason|Restarts|NumNodes|Partition|Features|ExcNodeList"
     fields = dict(re.findall(rf"(?:^|\s)({names})=(\S*)", answer))
     text = {name: "" if value in ("(null)", "None", "N/A", "Unknown") else value for name, value in fields.items()}
     counts = {name: re.match(r"[0-9]{1,9}", text.get(name, "")) for name in ("Restarts", "NumNodes")}
-    submitted = None
-    with contextlib.suppress(ValueError):
-        submitted = datetime.fromisoformat(text.get("SubmitTime", "")).timestamp()
     return JobFacts(
         state=text.get("JobState", ""),
         reason=text.get("Reason", ""),
@@ -84,7 +77,6 @@ def show_job(job_id: str) -> JobFacts:
         partition=text.get("Partition", ""),
         features=text.get("Features", ""),
         excluded=text.get("ExcNodeList", ""),
-        submitted_unix=submitted,
     )
 
 
@@ -226,6 +218,13 @@ def node_address(node: str) -> str | None:
     return found[1] if found else None
 
 
+def job_end_unix(job_id: str) -> float | None:
+    """Return when SLURM ends a job, in seconds since 1970, None where it doesn't say. Raises SlurmCommandError."""
+    answer = _run(["scontrol", "show", "job", _checked(job_id), "-o"], _ASK_SECONDS, SLURM_TIME_FORMAT="%s")
+    found = re.search(r"(?:^|\s)EndTime=([0-9]{1,12})(?:\s|$)", answer)
+    return float(found[1]) if found else None
+
+
 def requeue_job(job_id: str) -> None:
     """Put a job back into the queue. Raises SlurmCommandError."""
     _run(["scontrol", "requeue", _checked(job_id)], _ASK_SECONDS)
@@ -246,18 +245,20 @@ def _checked(job_id: str) -> str:
     return job_id
 
 
-def _run(command: list[str], seconds: float, *, input_text: str | None = None, errors_too: bool = False) -> str:
+def _run(
+    command: list[str], seconds: float, *, input_text: str | None = None, errors_too: bool = False, **variables: str
+) -> str:
     # The variables of a job we run in (SLURM_NTASKS...) would steer the new one. The cluster's address and a site's
     # defaults (SBATCH_ACCOUNT...) stay.
     environment = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("SLURM_") or name in ("SLURM_CONF", "SLURM_CLUSTERS")
-    }
+    } | variables
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=seconds, env=environment, check=False,
-            **({"stdin": subprocess.DEVNULL} if input_text is None else {"input": input_text}),
+            command, input=input_text, capture_output=True, text=True, errors="replace", timeout=seconds,
+            env=environment, check=False,
         )  # fmt: skip
     except FileNotFoundError:
         raise SlurmCommandError(

@@ -42,8 +42,9 @@ class Sweep:
 
 
 def as_yaml(value: Any) -> str:
-    """Return one value as YAML text: JSON is."""
-    return json.dumps(value, ensure_ascii=False)
+    """Return one value as YAML text: JSON is, but for what YAML does not take unescaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
 def write_sweep(directory: Path, sweep: Sweep) -> None:

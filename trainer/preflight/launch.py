@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from trainer.config.slurm import slurm_problems
@@ -47,6 +48,22 @@ def _values(facts: Facts) -> Iterator[Problem]:
     yield from (problem for problem in slurm_problems(facts.recipe.launch.slurm) if problem.key != "launch.slurm.time")
 
 
+def _hosts(facts: Facts) -> Iterator[Problem]:
+    """What says where ssh goes means nothing to the other launchers."""
+    launch = facts.recipe.launch
+    for name in ("hostfile", "include", "exclude"):
+        value = getattr(launch, name)
+        if value is not None and launch.launcher != "ssh":
+            fix = "set launch.launcher: ssh, or remove it"
+            yield Problem(f"launch.{name}", value, f"has no effect with launch.launcher = {launch.launcher}", fix)
+
+
+def _stage(facts: Facts) -> Iterator[Problem]:
+    stage = facts.recipe.launch.slurm.stage
+    if stage is not None and not Path(stage).is_file():
+        yield Problem("launch.slurm.stage", stage, "is no file", "make the archive with launch/stage.sh, or remove it")
+
+
 def _mpi(facts: Facts) -> Iterator[Problem]:
     """``srun --mpi`` is an option of srun; under torchrun its tasks are agents, not ranks."""
     slurm = facts.recipe.launch.slurm
@@ -85,6 +102,8 @@ RULES = (
     Rule("secrets in the environment", _values, Failing({"launch.slurm.environment": {"HF_TOKEN": "hf_x"}})),
     Rule("secrets in setup lines", _values, Failing({"launch.slurm.setup": ["export WANDB_API_KEY=123abc"]})),
     Rule("container", _values, Failing({"launch.slurm.container": {"runtime": "pyxis", "image": "$(id)"}})),
+    Rule("hosts of ssh", _hosts, Failing({"launch.hostfile": "hosts.txt"})),
+    Rule("staged environment", _stage, Failing({"launch.slurm.stage": "/no/such/env.tar"})),
     Rule("MPI of srun", _mpi, Failing({"launch.slurm.mpi": "pmix", "launch.slurm.starter": "mpirun"})),
     Rule("no control characters", _control, Failing({"run.directory": "runs/a\nb"})),
 )

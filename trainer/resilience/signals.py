@@ -7,12 +7,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+_BY_PERSONS = (signal.SIGINT, signal.SIGHUP)
+"""A keyboard or a closed terminal: no scheduler sends these."""
 _SAME_INTERRUPT_SECONDS = 0.5
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+"""One of these is in the environment of every rank, and of some other processes."""
 _EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -29,6 +33,12 @@ class StopFlag:
         self._signal: signal.Signals | None = None
         self._time_unix: float | None = None
         self._interrupted_at: float | None = None
+        self._by_person: signal.Signals | None = None
+
+    @property
+    def by_person(self) -> str | None:
+        """Name of the first signal that came from a person at a terminal, whatever came before it."""
+        return self._by_person.name if self._by_person is not None else None
 
     @property
     def received(self) -> str | None:
@@ -41,7 +51,9 @@ class StopFlag:
         return self._time_unix
 
     def install(self) -> None:
-        """Install the handlers; call from the main thread. SIGHUP stays ignored under nohup."""
+        """Install the handlers, once; call from the main thread. SIGHUP stays ignored under nohup."""
+        if self._previous:
+            return
         for signum in _STOP_SIGNALS:
             if signum is signal.SIGHUP and signal.getsignal(signum) is signal.SIG_IGN:
                 continue
@@ -52,6 +64,12 @@ class StopFlag:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         self._previous.clear()
+
+    def pass_on(self) -> None:
+        """Restore what `install` replaced and let the signal that came meanwhile do what it would have done."""
+        self.restore()
+        if self._signal is not None:
+            os.kill(os.getpid(), self._signal)
 
     def __enter__(self) -> StopFlag:
         self.install()
@@ -69,9 +87,23 @@ class StopFlag:
                 _stop_now()
             if self._interrupted_at is None:
                 self._interrupted_at = now
+        if self._by_person is None and signum in _BY_PERSONS:
+            self._by_person = signal.Signals(signum)
         if self._signal is None:
             self._signal = signal.Signals(signum)
             self._time_unix = time.time()
+
+
+def early_stop_flag(environment: Mapping[str, str], arguments: Sequence[str]) -> StopFlag | None:
+    """Install handlers where this may be a rank's `trainer train`, before the imports that take its first seconds.
+
+    Until then a signal kills the rank, and one rank that is gone fails the job.
+    """
+    if arguments[1:2] != ["train"] or not any(name in environment for name in _RANKS):
+        return None
+    flag = StopFlag()
+    flag.install()
+    return flag
 
 
 def _stop_now() -> None:

@@ -59,15 +59,16 @@ def expected_goodput(interval_seconds: float, costs: Costs) -> float:
     A renewal argument: between two failures the job restores and then makes one save after the other durable. With
     T, C, S, R, D, M for interval, blocked, durable, restore, downtime and mtbf, and l = 1 / M,
 
-        T l exp(-l (R + T + S)) / ((1 - exp(-l (T + C))) (1 + l D))
+        T l exp(-l (R + T + S)) / ((1 - exp(-l max(T + C, S))) (1 + l D))
 
     which for S = C is Daly's exact model of a save that training waits for, and T / (T + C) without failures.
     """
-    period = interval_seconds + costs.blocked_seconds
+    durable_seconds = max(costs.durable_seconds, costs.blocked_seconds)
+    period = max(interval_seconds + costs.blocked_seconds, durable_seconds)  # a save waits for the one before
     if math.isinf(costs.mtbf_seconds):
         return interval_seconds / period
     rate = 1 / costs.mtbf_seconds
-    first = costs.restore_seconds + interval_seconds + max(costs.durable_seconds, costs.blocked_seconds)
+    first = costs.restore_seconds + interval_seconds + durable_seconds
     saved = interval_seconds * math.exp(-rate * first) / -math.expm1(-rate * period)
     return saved / (costs.mtbf_seconds + costs.downtime_seconds)
 
@@ -75,12 +76,11 @@ def expected_goodput(interval_seconds: float, costs: Costs) -> float:
 def best_interval(costs: Costs, least_seconds: float = 1.0) -> float:
     """Return the interval that maximises :func:`expected_goodput`, in seconds of training, to 0.1 %.
 
-    At least ``least_seconds`` (a step), and at least what lets one save end before the next begins. Without failures
-    it is infinite.
+    At least ``least_seconds``, a step. Without failures it is infinite.
     """
     if math.isinf(costs.mtbf_seconds):
         return math.inf
-    low = math.log(max(least_seconds, costs.durable_seconds - costs.blocked_seconds))
+    low = math.log(least_seconds)
     high = max(low, math.log(4 * costs.mtbf_seconds))
     ratio = (math.sqrt(5) - 1) / 2  # golden section: the goodput has one maximum
     while high - low > 1e-3:

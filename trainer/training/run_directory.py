@@ -21,7 +21,7 @@ from trainer.core.errors import CheckpointError
 from trainer.core.private import directory_mode, make_run_directory
 from trainer.core.redact import redacted, redacted_text, redacted_words
 from trainer.core.run_lock import RunLock, holder
-from trainer.core.status_file import write_status
+from trainer.core.status_file import read_status, write_status
 from trainer.telemetry.run_report import collect_report, describe_report, write_report
 from trainer.training.attempt_clock import AttemptClock
 
@@ -50,7 +50,11 @@ class RunDirectory:
         delete_leftovers(self.path)
         self.attempt = 1 + max((int(p.name) for p in self.path.glob("attempts/[0-9]*") if p.name.isdigit()), default=0)
         self.clock = AttemptClock(self.path, self.attempt, world_size)
+        self.before: dict[str, Any] = read_status(self.path) or {}
+        """status.json as the start before left it."""
         self._status: dict[str, Any] = {"attempt": self.attempt, "restarts": self.attempt - 1}
+        # What was asked for outlives a start.
+        self._status |= {key: self.before[key] for key in ("control", "stop_step") if key in self.before}
         self._facts: dict[str, str] | None = {
             "run.yaml": dump_yaml(redacted(recipe.model_dump(mode="json"))),
             "deepspeed.json": json.dumps(redacted(deepspeed_json), indent=2, sort_keys=True) + "\n",

@@ -9,9 +9,11 @@ from typing import Any
 from trainer.checkpoint.hook import Hook
 from trainer.checkpoint.writer import CheckpointWriter, Saved
 from trainer.config.checkpoint import CheckpointConfig
+from trainer.core import phases
 from trainer.core.errors import CheckpointError
 from trainer.core.units import format_bytes, format_duration
 from trainer.engine.base import TrainEngine
+from trainer.resilience.control import Save
 from trainer.telemetry.record import CheckpointRecord
 from trainer.telemetry.sinks.base import Fanout
 from trainer.training.state import TrainState
@@ -61,6 +63,11 @@ class Saver:
         saved = self._writer.finished()
         return self._settings.on_error == "stop" and saved is not None and saved.error is not None
 
+    @property
+    def newest(self) -> Save | None:
+        """How the last save has ended that the user was told of."""
+        return Save(self._told.step, self._told.error) if self._told is not None else None
+
     def tell(self) -> None:
         """Tell the user of a save that has ended meanwhile. Does not wait, and changes nothing for other ranks."""
         saved = self._writer.finished()
@@ -75,10 +82,12 @@ class Saver:
         A failed save is reported and the next one tried; raises CheckpointError, on every rank alike, for the final
         one and under ``on_error: stop``.
         """
+        phases.mark("save", step=self._state.step, detail="waiting for the save before")
         waited = self._settle()
         if self._saved_step == self._state.step:
             return
         self._check()
+        phases.mark("save", detail="writing the checkpoint" if final else "copying the state")
         self._begun_as_good = self._state.guard.bad_since is None
         self._begun_as_best = self._state.best.step == self._state.step
         saved = self._writer.save(

@@ -1,9 +1,9 @@
 """Bad data and broken memory for forked runs: ``install`` is called in each rank (forked_runs.Trainer.train, before).
 
-TRAINER_FAULTS=POINT:RANK:WHERE:KIND[,...] with the points ``bad.samples`` (WHERE is A-B: the rows of those samples,
-whenever they are read), ``bad.step`` (the rows of a step: WHERE, in every start) and ``bad.weight`` (after the
+TRAINER_FAULTS=POINT:RANK:WHERE:KIND[,...] with the points ``poison.samples`` (WHERE is A-B: the rows of those samples,
+whenever they are read), ``poison.step`` (the rows of a step: WHERE, in every start) and ``poison.weight`` (after the
 update of step WHERE; KIND names a parameter, of which the lowest bit of an element is turned over).
-``bad.rewound`` with the kind ``kill`` kills the rank when step WHERE begins after a rewind.
+``poison.rewound`` with the kind ``kill`` kills the rank when step WHERE begins after a rewind.
 Kinds of rows: ``nan``, ``inf``, ``spike`` (loss and gradient times 100), ``gradient`` (the gradient alone).
 """
 
@@ -42,7 +42,7 @@ def install() -> None:
         Now.rows, Now.micro_batch = loader.sample_numbers().tolist(), 0
         batches = own_next(loader)
         Now.step = loader._steps_done
-        if Now.rewound and any(int(where) == Now.step for where, _ in _faults("bad.rewound")):
+        if Now.rewound and any(int(where) == Now.step for where, _ in _faults("poison.rewound")):
             os.kill(os.getpid(), signal.SIGKILL)
         return batches
 
@@ -76,8 +76,8 @@ def _faults(point: str) -> list[tuple[str, str]]:
 
 
 def _poisoned(loss: torch.Tensor, number: int) -> torch.Tensor:
-    kinds = [kind for where, kind in _faults("bad.step") if int(where) == Now.step]
-    for where, kind in _faults("bad.samples"):
+    kinds = [kind for where, kind in _faults("poison.step") if int(where) == Now.step]
+    for where, kind in _faults("poison.samples"):
         first, last = map(int, where.split("-"))
         kinds += [kind] if first <= number <= last else []
     for kind in kinds:
@@ -90,7 +90,7 @@ def _turn_bits(kind: Any) -> None:
 
     def train_batch(engine: Any, *args: Any) -> Any:
         result = own(engine, *args)
-        for where, name in _faults("bad.weight"):
+        for where, name in _faults("poison.weight"):
             if int(where) == Now.step:
                 weight = dict(engine._network.named_parameters())[name]
                 weight.data.view(-1)[3:4].view(torch.uint8)[0] ^= 1
