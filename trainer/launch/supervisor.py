@@ -42,7 +42,8 @@ _POLL_SECONDS = 0.25
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _UNREMARKABLE = (EXIT_OK, EXIT_REFUSED, EXIT_REQUEUE, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 """Ends that were asked for, or that the rank has explained as a refusal."""
-_STALE_SECONDS = 60.0
+_STALE_SECONDS = 10.0
+"""Ranks of one launch start within this time; where SLURM names launches no two are called alike."""
 _KEPT_LAUNCHES = 20
 _RANKS_A_SECOND = 100
 """How often all supervisors together look into the directory of reports."""
@@ -347,7 +348,8 @@ class _Supervisor:
         if self._rank != 0:
             return
         with contextlib.suppress(OSError):
-            if time.time() - self._directory.stat().st_mtime > _STALE_SECONDS:
+            unique = self._watched.ranks.launcher == "slurm"
+            if not unique and time.time() - self._directory.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(self._directory)
                 self._seen_directory = 0
             launches = [path for path in self._directory.parent.iterdir() if path.is_dir() and not path.is_symlink()]
