@@ -99,6 +99,11 @@ VARIANTS = {
         run_directory=Path("/home/me/runs/pretrain"),
     ),
     "array": dataclasses.replace(PLAN, array="1-5%1"),
+    "preflight": dataclasses.replace(
+        PLAN,
+        starter="torchrun",
+        node_check=("/usr/bin/python3", "-m", "trainer", "check", "/home/me/my recipe.yaml", "--on-node"),
+    ),
     "sweep": dataclasses.replace(
         PLAN,
         array="1-12%4",
