@@ -59,11 +59,13 @@ def _refuse_two_revisions(repositories: list[Wanted]) -> None:
 
 def _fetch_one(repository: Wanted, revision: str | None, say: Callable[[str], None]) -> str:
     """Download one repository and return its commit."""
-    from huggingface_hub import HfApi, snapshot_download
+    import huggingface_hub
 
     name = repository.repository
     with _explained(repository):
-        info: Any = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_TIMEOUT_SECONDS)
+        info: Any = huggingface_hub.HfApi().model_info(
+            name, revision=revision, files_metadata=True, timeout=_TIMEOUT_SECONDS
+        )
         sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
         files = repository.files(sizes)
         if "*.safetensors" in repository.patterns and not any(file.endswith(".safetensors") for file in files):
@@ -71,7 +73,8 @@ def _fetch_one(repository: Wanted, revision: str | None, say: Callable[[str], No
             raise RefusedError(Problem(repository.key, name, rule, "choose a revision that has them"))
         total = format_bytes(sum(sizes[file] for file in files))
         say(f"{name} at {info.sha[:12]}: {len(files)} files, {total}")
-        snapshot_download(name, revision=info.sha, allow_patterns=files)
+        download: Any = huggingface_hub.snapshot_download  # its own types are partial
+        download(name, revision=info.sha, allow_patterns=files)
     return str(info.sha)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from trainer.config.lock import is_hub_id
 from trainer.config.run import Recipe
@@ -56,14 +57,15 @@ def not_cached(recipe: Recipe) -> list[Problem]:
 
 
 def _not_cached(repositories: Sequence[Wanted]) -> Iterator[Problem]:
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    download: Any = huggingface_hub.snapshot_download  # its own types are partial
     fix = "run trainer fetch RECIPE where there is internet, or set launch.slurm.online: true"
     for repository in repositories:
         try:
             # Newer releases know the list of all files, and refuse a snapshot that lacks some of what is asked for.
-            found = snapshot_download(
+            found = download(
                 repository.repository, revision=repository.revision, local_files_only=True,
                 allow_patterns=list(repository.patterns), ignore_patterns=["*/*"],
             )  # fmt: skip
