@@ -77,6 +77,7 @@ class Trainer:
             "checkpoint": {"every_steps": 10, "keep_last": 5, "asynchronous": False},
             "evaluation": {"every_steps": 5},
             "telemetry": {"tensorboard": False},
+            "resilience": {"watchdog": {"report_seconds": 0}},
             "launch": {"processes": 2},
         }
         for section, values in sections.items():
@@ -123,10 +124,16 @@ class Trainer:
 
 def exact_lines(trainer: Trainer, run: str) -> list[dict[str, Any]]:
     """Return everything of the steps that two runs of the same recipe must share to the last bit."""
-    path = trainer.directory / run / "metrics.jsonl"
+    return exact_lines_of(trainer.directory / run)
+
+
+def exact_lines_of(run: Path) -> list[dict[str, Any]]:
+    """The same, of a run directory."""
+    path = run / "metrics.jsonl"
     lines = [line for line in map(json.loads, path.read_text().splitlines()) if "kind" not in line]
     own = {"time_unix", "memory_bytes", "tokens_per_second", "step_seconds", "data_wait_seconds"}
     own |= {"forward_backward_seconds", "optimizer_seconds"}
+    own |= {"slowest_rank_seconds", "median_rank_seconds", "slowest_rank"}
     return [{key: value for key, value in line.items() if key not in own} for line in lines]
 
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import packages
@@ -69,11 +69,20 @@ class SlurmCluster:
 
     def wait(self, job_id: str, timeout: float = 60) -> str:
         """Wait until the job has ended for good and return its state. The delay of a requeued job is cut to 3 s."""
+        return self._wait(job_id, timeout, lambda state: state in ENDED or not state)
+
+    def wait_for_start(self, job_id: str, restart: int, timeout: float = 60) -> None:
+        """Wait until SLURM has started the job for the ``restart``-th time again. The delay is cut as in `wait`."""
+        started = lambda state: state == "RUNNING" and self.fields(job_id)["Restarts"] == str(restart)  # noqa: E731
+        state = self._wait(job_id, timeout, lambda state: state in ENDED or started(state))
+        assert state == "RUNNING", self.fields(job_id)
+
+    def _wait(self, job_id: str, timeout: float, until: Callable[[str], bool]) -> str:
         deadline = time.monotonic() + timeout
         hastened: set[str] = set()
         while time.monotonic() < deadline:
             state = self.state(job_id)
-            if state in ENDED or not state:
+            if until(state):
                 return state
             fields = self.fields(job_id) if state == "PENDING" else {}
             if fields.get("Reason") == "BeginTime" and fields["Restarts"] not in hastened:
@@ -82,7 +91,7 @@ class SlurmCluster:
                 self.run(["scontrol", "update", f"jobid={job_id}", "StartTime=now+3"])
                 hastened.add(fields["Restarts"])
             time.sleep(0.2)
-        raise AssertionError(f"job {job_id} did not end within {timeout} s: {self.fields(job_id)}")
+        raise AssertionError(f"job {job_id} is not so far after {timeout} s: {self.fields(job_id)}")
 
     def wait_for(self, path: Path, timeout: float = 30) -> None:
         """Wait until a job has made ``path``, with something in it."""
@@ -107,6 +116,14 @@ class SlurmCluster:
         """Start slurmd of a crashed node."""
         self._script("boot", node)
 
+    def part(self, node: str, other: str) -> None:
+        """Let two nodes lose each other, while the controller reaches both."""
+        self._script("part", node, other)
+
+    def join(self, node: str, other: str) -> None:
+        """Let them meet again."""
+        self._script("join", node, other)
+
     def _script(self, action: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(SCRIPT), action, str(self.directory), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -114,14 +131,14 @@ class SlurmCluster:
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[SlurmCluster]:
-    """A cluster of 2 nodes (8 CPUs and 4 pretended GPUs each), made once and torn down always."""
+    """A cluster of 3 nodes (8 CPUs and 4 pretended GPUs each), made once and torn down always."""
     if os.geteuid() != 0:
         packages.give_up("a SLURM cluster of network namespaces needs root")
     packages.require(PACKAGES, lambda: all(shutil.which(program) for program in PROGRAMS))
     _remove_abandoned()
     directory = Path(tempfile.mkdtemp(prefix=f"trainer-slurm-{os.getpid()}-", dir="/tmp"))  # short: a socket lies in it
     directory.chmod(0o755)
-    cluster = SlurmCluster(directory, _prefix(os.getpid()), nodes=2)
+    cluster = SlurmCluster(directory, _prefix(os.getpid()), nodes=3)
     try:
         cluster.start()
         yield cluster

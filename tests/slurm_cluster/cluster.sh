@@ -3,6 +3,7 @@
 # joined by a bridge. Controller and submitting client are the node "ctl". Needs root and slurmctld slurmd slurm-client munge.
 #   cluster.sh up DIR PREFIX NODES | down DIR PREFIX | in DIR NODE COMMAND...
 #   cluster.sh cut|heal|crash|boot DIR NODE          cable out, cable in, power loss, slurmd again
+#   cluster.sh part|join DIR NODE OTHER              no route between two nodes, that the controller reaches all the same
 # PREFIX names the namespaces, so clusters side by side do not meet: the subnet 10.77.0.0/24 lives inside them only.
 set -euo pipefail
 action=$1 directory=$2
@@ -87,7 +88,7 @@ ReturnToService=2
 SlurmdTimeout=10
 SlurmctldTimeout=30
 MinJobAge=300
-KillWait=5
+KillWait=10
 UnkillableStepTimeout=30
 BatchStartTimeout=10
 MessageTimeout=10
@@ -145,6 +146,12 @@ up) prefix=$3 nodes=$4 && up ;;
 down) prefix=$3 && down ;;
 in) node=$3 && shift 3 && enter "$node" "$@" ;;
 boot) enter "$3" slurmd -f "$SLURM_CONF" -N "$3" -c ;;
+part | join)
+  prefix=$(cat "$directory/run/prefix")
+  verb=$([ "$action" = part ] && echo add || echo del)
+  ip netns exec "$prefix-$3" ip route "$verb" blackhole "10.77.0.${4#node}/32"
+  ip netns exec "$prefix-$4" ip route "$verb" blackhole "10.77.0.${3#node}/32"
+  ;;
 cut | heal | crash)
   prefix=$(cat "$directory/run/prefix")
   case $action in

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from trainer.core.done_file import write_done
+from trainer.core.failure_file import reports_directory
 from trainer.core.status_file import write_status
 from trainer.launch import job_end, requeue, restart_record
 from trainer.launch.attempt_facts import JobPlace, own_status
@@ -18,6 +20,7 @@ from trainer.launch.decision import Decision, Facts, decide
 from trainer.launch.job_end import JobEnd
 from trainer.launch.restart_record import Attempt
 from trainer.launch.slurm_commands import JobFacts, Node, SlurmCommandError, SlurmRefusedError
+from trainer.resilience.rank_report import RankReport, write_report
 
 pytestmark = pytest.mark.fast
 PLACE = JobPlace(job="17", restart=1, nodes="node[1-2]")
@@ -169,7 +172,7 @@ class Slurm:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **job: Any) -> None:
         known = {"state": "RUNNING", "reason": "", "restarts": 1, "nodes": 2, "partition": "main", "features": ""}
-        self.job = JobFacts(**{**known, "excluded": "", "submitted_unix": None, **job})
+        self.job = JobFacts(**{**known, "excluded": "", **job})
         self.nodes = {f"node{number}": "idle" for number in range(1, 5)}
         self.requeued, self.excluded = list[str](), list[str]()
         monkeypatch.setattr(job_end, "show_job", lambda job: self.job)
@@ -189,23 +192,34 @@ def settle(run: Path, code: int, place: JobPlace = PLACE, maximum: int = 2) -> t
     return end.settle(code), said
 
 
-def failure(run: Path, *hosts: str, launch: str = "slurm-17-1-0") -> None:
-    content = {"version": 1, "launch": launch, "cause": "node2 is gone", "suspect_hosts": hosts, "retryable": True}
-    (run / "failure.json").write_text(json.dumps(content))
+def failure(run: Path, host: str, launch: str = "slurm-17-1-0") -> None:
+    """Leave the report of a rank that has run into a broken GPU of ``host``."""
+    directory = reports_directory(run, launch)
+    directory.mkdir(parents=True)
+    write_report(
+        directory,
+        RankReport(
+            rank=2, world_size=4, node_rank=1, host=host, launch=launch, event="raised", time_unix=time.time(),
+            phase="forward", step=12, exception_type="RuntimeError", exception_unix=time.time(),
+            exception_message="CUDA error: uncorrectable ECC error encountered",
+        ),
+    )  # fmt: skip
 
 
 def test_failed_attempt_is_noted_requeued_and_its_node_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slurm = Slurm(monkeypatch, excluded="node9")
-    failure(tmp_path, "node2.cluster.local", "login")
+    failure(tmp_path, "node2.cluster.local")
     code, said = settle(tmp_path, 137)
     assert code == 1
     assert slurm.requeued == ["17"]
-    assert slurm.excluded == ["node9", "node2"], "with what the user excludes; hosts outside of the job don't count"
-    assert said == ["left out of the next attempt: node2", "job 17 requeued after a failure: node2 is gone"]
+    assert slurm.excluded == ["node9", "node2"], "with what the user excludes"
+    assert said[0] == "left out of the next attempt: node2"
+    assert said[1].startswith("job 17 requeued after a failure: rank 2 on node2")
     entry = restart_record.read(tmp_path)[-1]
-    assert (entry.job, entry.restart, entry.decision, entry.reason) == ("17", 1, "retry", "node2 is gone")
+    assert (entry.job, entry.restart, entry.decision) == ("17", 1, "retry")
+    assert "uncorrectable ECC" in entry.reason
 
 
 def test_exclusions_are_capped_expire_and_leave_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,29 +289,44 @@ def test_attempt_that_died_without_a_word_is_noted_by_the_next(
     assert json.loads((tmp_path / "status.json").read_text())["exit_code"] == 93
 
 
-def test_finished_run_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a chain, or started again; but a job submitted later looks whether more was asked for."""
-    submitted = [time.time()]
-    monkeypatch.setattr(requeue, "show_job", lambda job: Slurm(monkeypatch, submitted_unix=submitted[0]).job)
-    first = JobPlace(job="17", restart=0, nodes="node1")
-    assert requeue.begin(tmp_path, first) == 0
-    (tmp_path / "DONE").write_text("{}")
-    assert requeue.begin(tmp_path, JobPlace(job="17", restart=1, nodes="node1")) == requeue.EXIT_NOTHING_TO_DO
-    os.utime(tmp_path / "DONE", (submitted[0] + 10, submitted[0] + 10))
-    assert requeue.begin(tmp_path, JobPlace(job="18", restart=0, nodes="node1")) == requeue.EXIT_NOTHING_TO_DO
-    submitted[0] += 20
-    assert requeue.begin(tmp_path, JobPlace(job="19", restart=0, nodes="node1")) == 0
-
-
-def test_rest_of_a_chain_does_not_try_what_was_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    submitted = [time.time() - 60]
-    monkeypatch.setattr(requeue, "show_job", lambda job: Slurm(monkeypatch, submitted_unix=submitted[0]).job)
+@pytest.fixture
+def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Job 17 of a chain, submitted now, and another one after it."""
     (tmp_path / "slurm").mkdir()
+    jobs: list[dict[str, str]] = []
+
+    def submit(job: str, at: float) -> JobPlace:
+        script = tmp_path / "slurm" / f"submit-{job}.sbatch"
+        script.touch()
+        os.utime(script, (at, at))
+        jobs.append({"id": job, "script": script.name})
+        (tmp_path / "slurm" / "jobs.json").write_text(json.dumps({"jobs": jobs}))
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        return JobPlace(job=job, restart=0, nodes="node1")
+
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    return submit
+
+
+def test_finished_run_is_not_started(tmp_path: Path, submitted: Any) -> None:
+    """Of a chain, or started again; but a job submitted later looks whether more was asked for."""
+    first = submitted("17", time.time() - 60)
+    assert requeue.begin(tmp_path, first) == 0
+    write_done(tmp_path, step=20, attempt=1, reason=None)
+    assert requeue.begin(tmp_path, first) == requeue.EXIT_NOTHING_TO_DO
+    assert requeue.begin(tmp_path, submitted("18", time.time() - 60)) == requeue.EXIT_NOTHING_TO_DO
+    assert requeue.begin(tmp_path, submitted("19", time.time() + 1)) == 0
+
+
+def test_rest_of_a_chain_does_not_try_what_was_given_up(
+    tmp_path: Path, submitted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_hand, of_chain = submitted("19", time.time() + 1), submitted("18", time.time() - 60)
     given_up = Attempt(job="17", restart=3, decision="stop", exit_code=93, started_unix=1.0, time_unix=time.time())
     restart_record.write(tmp_path, given_up)
-    assert requeue.begin(tmp_path, JobPlace(job="18", restart=0, nodes="node1")) == 93
-    submitted[0] = time.time() + 1
-    assert requeue.begin(tmp_path, JobPlace(job="19", restart=0, nodes="node1")) == 0
+    assert requeue.begin(tmp_path, of_chain) == 93
+    monkeypatch.setenv("SLURM_JOB_ID", "19")
+    assert requeue.begin(tmp_path, by_hand) == 0
 
 
 def test_decision_is_only_data() -> None:

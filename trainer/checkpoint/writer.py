@@ -24,7 +24,7 @@ from trainer.checkpoint.sections import Holding, Plan, Section, make_plan
 from trainer.checkpoint.shard_file import Entry, Image, padded, streamed, write_section
 from trainer.checkpoint.space import free_memory_bytes
 from trainer.config.checkpoint import CheckpointConfig
-from trainer.core import faults
+from trainer.core import faults, phases
 from trainer.core.errors import CheckpointError
 from trainer.core.units import format_bytes
 from trainer.engine.base import StateSlice
@@ -171,7 +171,7 @@ class CheckpointWriter:
             return saved
         self._in_flight = saved
         self._thread = threading.Thread(
-            target=self._write, args=(saved, [], facts, protected, started), name="checkpoint", daemon=True
+            target=self._write_beside, args=(saved, [], facts, protected, started), name="checkpoint", daemon=True
         )
         self._thread.start()
         saved.blocked_seconds = time.perf_counter() - started
@@ -216,6 +216,14 @@ class CheckpointWriter:
         assert self._section is not None
         count = self._section.padding
         return [Entry.of("padding", torch.zeros(count, dtype=torch.uint8))] if count else []
+
+    def _write_beside(self, *arguments: Any) -> None:
+        """Write on this thread: what it agrees on says nothing of where training is."""
+        phases.board.quiet_threads.add(threading.get_ident())
+        try:
+            self._write(*arguments)
+        finally:
+            phases.board.quiet_threads.discard(threading.get_ident())
 
     def _write(
         self, saved: Saved, entries: list[Entry], facts: dict[str, Any], protected: Collection[int], started: float

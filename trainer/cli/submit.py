@@ -91,6 +91,7 @@ def _plan(recipe: Path, settings: list[str], site: Profile | None, tasks: int | 
     return checked, plan(
         checked,
         command=(_python(checked), "-m", "trainer", "train", os.path.abspath(recipe), *shared),
+        node_check=(_python(checked), "-m", "trainer", "check", os.path.abspath(recipe), *shared, "--on-node"),
         python=sys.executable,
         working_directory=Path.cwd(),
         run_directory=Path(os.path.abspath(checked.run.directory)),
@@ -127,6 +128,7 @@ def _submit_sweep(
     plan = dataclasses.replace(
         plan,
         command=(_python(checked), "-m", "trainer.launch.sweep_task", str(plan.run_directory)),
+        node_check=(),  # each task has a recipe of its own
         array=f"1-{len(found.tasks)}%{min(max_running or len(found.tasks), len(found.tasks))}",
         sweep=True,
     )

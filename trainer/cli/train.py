@@ -6,11 +6,15 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainer.resilience.signals import StopFlag
+
+if TYPE_CHECKING:
+    from trainer.config.run import Recipe
+    from trainer.core.environ import RankEnvironment
 
 
 def train(
@@ -22,7 +26,10 @@ def train(
     from trainer.core import environ
 
     environment = environ.detect(os.environ)
+    stop = context.find_object(StopFlag)
     if environment is None:
+        if stop is not None:
+            stop.pass_on()
         raise typer.Exit(_launch(recipe, overrides or []))
     environ.die_with_parent(os.environ)
     if environment.needs_discovery:
@@ -52,10 +59,34 @@ def train(
         if environment.rank == 0:
             print(words)
         return
+    _supervise(prepared.recipe, environment)
     from trainer.training.rank import end_process, run_rank
 
-    stop = context.find_object(StopFlag)
     end_process(run_rank(prepared.recipe, prepared.derived, prepared.deepspeed, environment, stop, job_end_unix))
+
+
+def _supervise(recipe: Recipe, environment: RankEnvironment) -> None:
+    """Go on as a child of this process, which watches over it from now on."""
+    import socket
+
+    from trainer.core.failure_file import launch_name
+    from trainer.launch.failure import hosts_of_ranks
+    from trainer.launch.supervisor import Watched, become_rank
+
+    settings = recipe.resilience.watchdog
+    if not settings.enabled or sys.platform != "linux":
+        return
+    become_rank(
+        Watched(
+            ranks=environment,
+            run_directory=Path(recipe.run.directory),
+            group_access=recipe.run.group_access,
+            settings=settings,
+            launch=launch_name(environment, os.environ),
+            host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            hosts=hosts_of_ranks(environment, os.environ),
+        )
+    )
 
 
 def _launch(recipe: Path, overrides: list[str]) -> int:
@@ -94,5 +125,19 @@ def note_silent_end(directory: Path, code: int, started_unix: float) -> None:
     # A start that is refused writes nothing: then the status is that of the run before.
     silent = running and ours if code == EXIT_REFUSED else running or not ours
     if code not in (EXIT_OK, EXIT_REQUEUE) and silent and directory.is_dir():
-        reason = f"the ranks ended with exit code {code} without a word; see {directory}/logs"
+        reason = _cause(directory, started_unix) or (
+            f"the ranks ended with exit code {code} without a word; see {directory}/logs"
+        )
         write_status(directory, {**fields, "state": "failed", "exit_code": code, "reason": reason})
+
+
+def _cause(directory: Path, started_unix: float) -> str | None:
+    """Return what ended the launch that has just ended, as its supervisors saw it; None where they saw nothing."""
+    from trainer.core.failure_file import read_failure
+    from trainer.launch.failure import newest_launch, summarise_launch
+
+    launch = newest_launch(directory, started_unix)
+    if launch is None:
+        return None
+    failure = read_failure(directory, launch) or summarise_launch(directory, launch)
+    return str(failure["cause"]) if failure is not None else None

@@ -41,6 +41,8 @@ class SlurmConfig(Section):
     """Nodes to avoid."""
     signal_seconds: int = Field(default=120, ge=1, le=65535)
     """Seconds before the time limit at which ranks are told to checkpoint."""
+    preflight: bool | None = None
+    """Whether the job checks its nodes first (``trainer check --on-node``); null: if there is more than one."""
     reservation: str | None = None
     """Reservation."""
     licenses: str | None = None
@@ -94,6 +96,15 @@ class SlurmConfig(Section):
         return cast("object", value)
 
 
+class PreflightConfig(Section):
+    """The check of the nodes before training, ``trainer check --on-node``."""
+
+    seconds: int = Field(default=60, ge=10)
+    """Time limit of the check, from when a rank has loaded torch; half of it for the ranks to arrive."""
+    slow_fraction: float = Field(default=0.5, ge=0, lt=1)
+    """A node slower than this share of the median is at fault."""
+
+
 class LaunchConfig(Section):
     """Where ranks come from when no launcher has started them already."""
 
@@ -111,5 +122,7 @@ class LaunchConfig(Section):
     """auto: give each rank CPUs of its own, near its GPU, unless the launcher has done so."""
     rendezvous_timeout_seconds: float = Field(default=600.0, gt=0)
     """How long ranks wait for each other at the start."""
+    preflight: PreflightConfig = PreflightConfig()
+    """How nodes are checked before training."""
     slurm: SlurmConfig = SlurmConfig()
     """What is asked of SLURM; only read by ``trainer submit`` and where ``launcher`` is slurm."""

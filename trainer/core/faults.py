@@ -2,18 +2,23 @@
 
 ``TRAINER_FAULTS=point:rank:step:kind[,...]`` with ``TRAINER_ALLOW_FAULTS=1``. ``step`` or ``rank`` may be ``*``.
 Kinds: ``kill`` (SIGKILL to this process), ``raise``, ``enospc``, ``eio`` (OSError), ``truncate`` (cut the file at hand
-in half, then SIGKILL: what a kill in the middle of a write leaves behind), ``signal`` (SIGUSR1 to this rank alone),
-``sleep`` (for an hour). Some make the system itself refuse what follows: ``fill`` (fill the file system beside the file
-at hand, which must be a small one), ``chmod`` (take the right to write from its directory), ``fsize`` (limit files of
-this process to 256 KiB) and ``nofsize`` (no longer).
+in half, then SIGKILL: what a kill in the middle of a write leaves behind), ``signal`` (SIGUSR1 to this rank alone;
+``sigterm`` and others likewise), ``sleep`` (for an hour), ``pause0.5`` (for half a second, or until a signal comes),
+``stop`` (SIGSTOP), ``segfault``, ``exit`` (os._exit(7)), ``memory`` (ask for more than is allowed), ``lock`` (sleep for
+an hour in C code that keeps the interpreter's lock). Some make the system itself refuse what follows: ``fill`` (fill
+the file system beside the file at hand, which must be a small one), ``chmod`` (take the right to write from its
+directory), ``fsize`` (limit files of this process to 256 KiB) and ``nofsize`` (no longer).
+Every phase of `trainer.core.phases` is a point: ``phase.forward``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import resource
+import select
 import signal
 import time
 from pathlib import Path
@@ -46,10 +51,39 @@ def _strike(kind: str, point: str, path: Path | None) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**18 if kind == "fsize" else most, most))
     elif kind == "signal":
         os.kill(os.getpid(), signal.SIGUSR1)
+    elif kind.startswith("sig"):
+        os.kill(os.getpid(), getattr(signal, kind.upper()))
     elif kind == "sleep":
         time.sleep(3600)
+    elif kind in ("stop", "segfault"):
+        os.kill(os.getpid(), signal.SIGSTOP if kind == "stop" else signal.SIGSEGV)
+    elif kind == "exit":
+        os._exit(7)
+    elif kind == "memory":
+        resource.setrlimit(resource.RLIMIT_AS, (2**26, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        bytearray(2**30)
+    elif kind == "lock":
+        ctypes.PyDLL(None).sleep(3600)
+    elif kind.startswith("pause"):
+        _pause(float(kind.removeprefix("pause")))
     else:
         raise RuntimeError(f"injected at {point}")
+
+
+def _pause(seconds: float) -> None:
+    """Wait until a signal comes, which time.sleep would not end for, or so long."""
+    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        before = signal.set_wakeup_fd(writing)
+    except ValueError:  # signals come to the main thread alone
+        time.sleep(seconds)
+        return
+    try:
+        select.select([reading], [], [], seconds)
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reading)
+        os.close(writing)
 
 
 def _fill(path: Path) -> None:

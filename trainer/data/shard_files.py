@@ -7,6 +7,7 @@ import os
 import time
 from collections import OrderedDict
 
+from trainer.core import phases
 from trainer.core.errors import DataError, Problem
 
 # The ordinary limit of a process is 1,024 descriptors, and everything else needs some too.
@@ -41,6 +42,7 @@ class FileCache:
 
         Raises DataError if the file ends before, and for an error that four more tries, in four seconds, don't cure.
         """
+        phases.board.read_begins(path)
         done, tries = 0, 0
         while done < len(view):  # one read returns at most 2 GiB
             try:
@@ -59,6 +61,7 @@ class FileCache:
                 fix = "was it replaced while in use? restore it and start again"
                 raise _refused(path, f"{os.stat(path).st_size} bytes", rule, fix)
             done += got
+        phases.board.read_ends()
 
     def forget(self, path: str) -> None:
         """Close the descriptor of ``path``, if it is open."""

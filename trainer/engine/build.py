@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from trainer.config.run import Recipe
 from trainer.core.environ import RankEnvironment
+from trainer.engine import collectives
 from trainer.engine.build_pipeline import build_staged_engine
 from trainer.engine.expert_groups import ExpertGroups
 from trainer.engine.expert_lists import prepare_expert_lists
@@ -43,6 +44,7 @@ def join_group(
     """
     store = roll_call(environment, rendezvous_timeout_seconds)
     training_device(environment.local_rank)  # before the first collective: NCCL takes the device that is current then
+    collectives.install()
     no_shared_memory_build.disable()
     lazy_muon.install()
     deepspeed.init_distributed(

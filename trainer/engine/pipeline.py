@@ -13,6 +13,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import distributed, nn
 
 from trainer.config.optimizer import OptimizerConfig
+from trainer.core import phases
 from trainer.data.batches import MicroBatch
 from trainer.engine.base import Accept, Requests, StateReader, StateSlice, StepResult
 from trainer.engine.gate import Gate, Reading, step_result
@@ -121,6 +122,7 @@ class StagedEngine:
     ) -> StepResult:
         """Run one optimizer step. See TrainEngine."""
         started = time.perf_counter()
+        phases.mark("forward")
         set_accumulation(self._engine, len(batches))
         set_learning_rate(self._base, learning_rate)
         totals = StepTotals(
@@ -151,6 +153,7 @@ class StagedEngine:
 
         def read() -> Reading:
             nonlocal boundary
+            phases.mark("optimizer")
             boundary = time.perf_counter()
             norm = self._grad_norm()
             totals.reduce_losses()

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.ops.op_builder import AsyncIOBuilder  # type: ignore[attr-defined] # set at run time
 
 from trainer.core.errors import Problem, RecipeError
-from trainer.engine.upstream import nvme_swapping, stale_build_lock
+from trainer.engine.operations import build_operations, offloaded_to_nvme
+from trainer.engine.upstream import nvme_swapping
 
 
 def prepare_nvme(deepspeed_json: dict[str, Any], largest_parameter: Callable[[], int], world_size: int) -> None:
@@ -24,9 +24,7 @@ def prepare_nvme(deepspeed_json: dict[str, Any], largest_parameter: Callable[[],
     Raises RecipeError if files can't lie there or DeepSpeed can't build what reads and writes them.
     """
     zero = deepspeed_json["zero_optimization"]
-    on_nvme = [
-        name for name in ("offload_optimizer", "offload_param") if (zero.get(name) or {}).get("device") == "nvme"
-    ]
+    on_nvme = offloaded_to_nvme(deepspeed_json)
     if not on_nvme:
         return
     for name in on_nvme:
@@ -36,12 +34,7 @@ def prepare_nvme(deepspeed_json: dict[str, Any], largest_parameter: Callable[[],
         needed = -(-largest_parameter() // world_size) + 4096  # parts are padded
         section["buffer_size"] = max(section.get("buffer_size") or 0, needed)
     nvme_swapping.install()
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        rule = "offload to NVMe needs libaio and a C++ compiler on every node, to build DeepSpeed's async_io"
-        fix = "install libaio-dev (Debian) or libaio-devel (Red Hat), or set the device to cpu"
-        raise RecipeError(Problem(f"zero_optimization.{on_nvme[0]}.device", "nvme", rule, fix))
-    with stale_build_lock.building("async_io"):
-        AsyncIOBuilder().load(verbose=False)  # kept by DeepSpeed: later loads build nothing
+    build_operations(deepspeed_json)
 
 
 def _probe(key: str, directory: Path) -> None:

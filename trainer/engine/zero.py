@@ -14,6 +14,7 @@ from deepspeed.utils import groups
 from torch import distributed, nn
 
 from trainer.config.optimizer import OptimizerConfig
+from trainer.core import phases
 from trainer.data.batches import MicroBatch
 from trainer.engine.base import Accept, Requests, StateReader, StateSlice, StepResult
 from trainer.engine.expert_groups import ExpertGroups
@@ -114,6 +115,7 @@ class ZeroEngine:
     ) -> StepResult:
         """Run one optimizer step. See TrainEngine."""
         started = time.perf_counter()
+        phases.mark("forward")
         if isinstance(self._state, Zero3State):
             self._state.settle()
         set_accumulation(self._engine, len(batches))
@@ -125,12 +127,15 @@ class ZeroEngine:
         scale = self._replicas / totals.target_tokens
         boundary = started
         for index, batch in enumerate(batches):
+            phases.mark("forward", micro_batch=index)
             losses, auxiliary = self._forward(batch, parts[index], totals.targets[index])
             if self._place.tensor == 0:  # its other ranks compute the same
                 totals.add_losses(index, losses)
             # An auxiliary loss is a mean over a micro-batch: so is the whole step's over its micro-batches.
+            phases.mark("backward", micro_batch=index)
             self._engine.backward(losses.sum() * scale + auxiliary / len(batches), scale_wrt_gas=False)
             if index + 1 == len(batches):
+                phases.mark("optimizer")
                 totals.reduce_losses()
                 boundary = time.perf_counter()
                 self._gate.arm(lambda: totals.read(self._grad_norm()), accept)

@@ -10,6 +10,7 @@ from torch import distributed
 
 from trainer.config.data import ValidationSource
 from trainer.config.run import Recipe
+from trainer.core import phases
 from trainer.data.loader import validation_batches
 from trainer.engine.base import TrainEngine
 from trainer.telemetry.record import EvaluationRecord, perplexity
@@ -48,9 +49,12 @@ class Validation:
 
     def _evaluate(self, source: ValidationSource, engine: TrainEngine, step: int) -> EvaluationRecord:
         started = time.perf_counter()
-        loss, count = 0.0, 0
+        loss, count, number = 0.0, 0, 0
         batches = iter(self._batches(source))
+        phases.mark("evaluate", step=step, detail=source.name)
         while some := list(itertools.islice(batches, _AT_A_TIME)):
+            phases.mark("evaluate", step=step, micro_batch=number, detail=source.name)
+            number += len(some)
             some_loss, some_count = engine.evaluate(some)
             loss += some_loss
             count += some_count

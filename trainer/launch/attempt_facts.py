@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from trainer.checkpoint.layout import step_directories
+from trainer.core.hostlist import expand_hostlist, expand_tasks_per_node
 from trainer.core.run_lock import holder
 from trainer.core.status_file import read_status, write_status
 
@@ -24,6 +25,8 @@ class JobPlace:
     job: str
     restart: int
     nodes: str
+    """Host list."""
+    tasks_per_node: str = ""
 
     @classmethod
     def here(cls, environment: Mapping[str, str]) -> JobPlace:
@@ -33,7 +36,22 @@ class JobPlace:
             job=environment.get("SLURM_JOB_ID", ""),
             restart=int(restarts) if restarts.isdecimal() else 0,
             nodes=environment.get("SLURM_JOB_NODELIST", ""),
+            tasks_per_node=environment.get("SLURM_TASKS_PER_NODE", ""),
         )
+
+    def hosts(self) -> list[str]:
+        """Return the nodes of the job."""
+        with contextlib.suppress(ValueError):
+            return expand_hostlist(self.nodes) if self.nodes else []
+        return []
+
+    def hosts_of_ranks(self) -> dict[int, str]:
+        """Return the node of each rank; empty where it can't be told."""
+        try:
+            counts = expand_tasks_per_node(self.tasks_per_node)
+        except ValueError:
+            return {}
+        return dict(enumerate(host for host, n in zip(self.hosts(), counts, strict=False) for _ in range(n)))
 
 
 def own_status(run_directory: Path, place: JobPlace, since_unix: float) -> dict[str, Any] | None:
@@ -69,15 +87,6 @@ def _variables(run_directory: Path, attempt: object) -> dict[str, Any]:
 def newest_step(run_directory: Path) -> int:
     """Return the step of the newest committed checkpoint, 0 where there is none."""
     return max((step for step, _ in step_directories(run_directory)), default=0)
-
-
-def finished_unix(run_directory: Path) -> float | None:
-    """Return when the run wrote RUN/DONE, None if it has not."""
-    with contextlib.suppress(OSError):
-        path = run_directory / "DONE"
-        if path.is_file() and not path.is_symlink():
-            return path.stat().st_mtime
-    return None
 
 
 def say_failed(run_directory: Path, exit_code: int, reason: str) -> None:

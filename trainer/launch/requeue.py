@@ -18,10 +18,11 @@ from trainer.core.errors import EXIT_DO_NOT_RESTART, EXIT_OK, EXIT_REFUSED, Refu
 from trainer.core.hostlist import expand_hostlist
 from trainer.core.run_lock import refuse_if_held
 from trainer.launch import restart_record
-from trainer.launch.attempt_facts import JobPlace, finished_unix, newest_step, say_failed
+from trainer.launch.attempt_facts import JobPlace, newest_step, say_failed
 from trainer.launch.controller import Patience
 from trainer.launch.decision import MAXIMUM_WITHOUT_PROGRESS, no_progress
 from trainer.launch.excluded_nodes import note_suspects
+from trainer.launch.finished import finished_since_submission, given_up_since_submission
 from trainer.launch.job_end import JobEnd
 from trainer.launch.restart_record import Attempt
 from trainer.launch.slurm_commands import SlurmCommandError, nodes_of, requeue_job, show_job
@@ -40,14 +41,11 @@ def begin(run_directory: Path, place: JobPlace) -> int:
     at = time.strftime("%Y-%m-%d %H:%M:%S")
     _say(f"===== job {place.job}, restart {place.restart}, nodes {place.nodes}, {at} =====")
     attempts = restart_record.read(run_directory)
-    since = _ordered_unix(place, attempts)
-    done = finished_unix(run_directory)
-    if done is not None and since is not None and done >= since:
+    if finished_since_submission(run_directory, os.environ):
         _say(f"the run in {run_directory} has finished: nothing to do")
         return EXIT_NOTHING_TO_DO
-    earlier = attempts[-1] if attempts else None
-    # The rest of a chain or array: what a person submits afterwards begins anew.
-    if earlier is not None and place.restart == 0 and since is not None and _gave_up(earlier, place.job, since):
+    earlier = given_up_since_submission(run_directory, attempts, os.environ)
+    if earlier is not None:
         _say(f"not started: job {earlier.job} gave up ({earlier.reason}) after this one was submitted")
         return EXIT_DO_NOT_RESTART
     try:
@@ -69,23 +67,6 @@ def begin(run_directory: Path, place: JobPlace) -> int:
     with contextlib.suppress(OSError):
         restart_record.write(run_directory, attempt)
     return EXIT_OK if attempt.decision == "running" else EXIT_DO_NOT_RESTART
-
-
-def _gave_up(earlier: Attempt, job: str, ordered_unix: float) -> bool:
-    stopped = earlier.decision == "stop" and earlier.exit_code == EXIT_DO_NOT_RESTART
-    return stopped and earlier.job != job and ordered_unix < earlier.time_unix
-
-
-def _ordered_unix(place: JobPlace, attempts: list[Attempt]) -> float | None:
-    """Return when a person asked for this job, as far as that is known: its submission or its first start."""
-    first = restart_record.find(attempts, place.job, 0)
-    if first is not None:
-        return first.started_unix
-    if place.restart:  # submitted before anything that can be found now
-        return 0.0
-    with contextlib.suppress(SlurmCommandError):
-        return show_job(place.job).submitted_unix
-    return None
 
 
 def _wait_for_orphans(run_directory: Path, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Literal
 from trainer.config.run import Recipe
 from trainer.config.slurm import ContainerConfig, has_control_characters, slurm_problems
 from trainer.core.errors import Problem, RefusedError
+from trainer.core.redact import redacted_text
 from trainer.core.resources import resource_directory
 from trainer.launch.container import in_container, srun_container_options
 from trainer.launch.site import environment_lines, gpu_lines, module_lines
@@ -21,6 +23,19 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _PATH = re.compile(r"/[\w./+=@:,~% -]*")
 _ARRAY = re.compile(r"1-[0-9]{1,7}%[0-9]{1,7}")
 _PLACEHOLDER = re.compile(r"@([A-Z_]+)@")
+_LOADING_SECONDS = 150
+"""For Python and torch to be loaded, from a network file system perhaps, and for srun to start and end the ranks."""
+_NODE_CHECK = """
+# Are these nodes fit for the run? 1: a node is at fault, RUN/failure.json names it; 2: the recipe or environment is.
+# srun waits for ever for a node that it can't reach, hence timeout. USR1 ends the check: nothing is to be saved yet.
+{start} &
+step=$!
+while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
+code=0
+wait "$step" || code=$?
+step=
+[ "$code" -eq 0 ] || settle "$code"
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +94,10 @@ class LaunchPlan:
     stage_directory: str = "/tmp"
     command: tuple[str, ...]
     """What each rank runs."""
+    node_check: tuple[str, ...] = ()
+    """What each rank runs before, to check its node; empty: nothing."""
+    node_check_seconds: int = 210
+    """After which the check is killed."""
     python: str
     """Interpreter that has `trainer`; it decides about the requeue."""
     working_directory: Path
@@ -94,10 +113,14 @@ class LaunchPlan:
 
 def plan(
     recipe: Recipe, *, command: tuple[str, ...], python: str, working_directory: Path, run_directory: Path,
-    array: str | None = None, sweep: bool = False,
+    node_check: tuple[str, ...] = (), array: str | None = None, sweep: bool = False,
 ) -> LaunchPlan:  # fmt: skip
-    """Return what ``launch.slurm`` of the recipe asks for, running ``command`` once per rank."""
+    """Return what ``launch.slurm`` of the recipe asks for, running ``command`` once per rank.
+
+    ``node_check`` is run before it where ``launch.slurm.preflight`` asks for it.
+    """
     slurm = recipe.launch.slurm
+    checks = slurm.preflight if slurm.preflight is not None else slurm.nodes > 1
     shared = {
         each.name: getattr(slurm, each.name) for each in fields(LaunchPlan) if each.name in type(slurm).model_fields
     }
@@ -105,6 +128,8 @@ def plan(
         job_name=recipe.run.name,
         ranks_per_node=ranks_per_node(recipe),
         command=command,
+        node_check=node_check if checks else (),
+        node_check_seconds=recipe.launch.preflight.seconds + _LOADING_SECONDS,
         python=python,
         working_directory=working_directory,
         run_directory=run_directory,
@@ -132,7 +157,8 @@ def render(plan: LaunchPlan) -> str:
         "DIRECTIVES": "\n".join(f"#SBATCH --{option}" for option in _directives(plan)),
         "SITE": "\n".join(_site_lines(plan)),
         "SETUP": "\n".join(plan.setup),
-        "STAGE": "".join(f"{line}\n" for line in stage_lines(plan)),
+        "PREFLIGHT": _node_check(plan),
+        "STAGE": "".join(f"\n{line}" for line in stage_lines(plan)) + ("\n" if plan.stage else ""),
         "START": _start(plan),
         "PYTHON": shlex.quote(plan.python),
         "RUN_DIRECTORY": '"$run"',
@@ -167,6 +193,15 @@ def _start(plan: LaunchPlan) -> str:
 
     inside = plan if plan.container is None else replace(plan, python=plan.container.python)
     return start_line(inside, srun_container_options(plan.container, directories, plan.environment), contained)
+
+
+def _node_check(plan: LaunchPlan) -> str:
+    if not plan.node_check:
+        return ""
+    # By srun, whatever starts the ranks: the command line of the check needs no MPI, and no agent.
+    start = _start(dataclasses.replace(plan, starter="srun", mpi="none", command=plan.node_check))
+    limit = f"timeout --kill-after=10 {plan.node_check_seconds}"
+    return _NODE_CHECK.format(start=start.replace("srun ", f"{limit} srun ", 1))
 
 
 def _directives(plan: LaunchPlan) -> list[str]:
@@ -251,9 +286,14 @@ def _problems(plan: LaunchPlan) -> list[Problem]:
         elif plan.container is not None and re.search(r"[:, ]", str(path)):
             rule = "can't be mounted into a container: it has a space, comma or colon"
             problems.append(Problem(key, str(path), rule, "choose another directory"))
-    for text in (*plan.command, plan.python):
+    for text in (*plan.command, *plan.node_check, plan.python):
         if has_control_characters(text):
             problems.append(Problem("command", text, "must be one line without control characters"))
+        elif redacted_text(text) != text:
+            rule = "looks like a secret, and batch scripts are kept and shown"
+            problems.append(
+                Problem("command line", redacted_text(text), rule, "read it from a file, by launch.slurm.setup")
+            )
     for key, text in (("stage", plan.stage), ("stage_directory", plan.stage_directory)):
         if text is not None and _PATH.fullmatch(text) is None:
             rule = "must be an absolute path of letters, digits, spaces and ./_-+=@:,~%"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import os
 import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 from trainer.core.errors import TrainerError
@@ -62,20 +60,15 @@ class JobFacts:
     """Constraint; empty: none."""
     excluded: str
     """Host list; empty: none."""
-    submitted_unix: float | None
-    """When it was submitted, or requeued."""
 
 
 def show_job(job_id: str) -> JobFacts:
     """Return the facts of a job that the controller still knows. Raises SlurmCommandError."""
     answer = _run(["scontrol", "show", "job", _checked(job_id), "-o"], _ASK_SECONDS)
-    names = "JobState|Reason|Restarts|NumNodes|Partition|Features|ExcNodeList|SubmitTime"
+    names = "JobState|Reason|Restarts|NumNodes|Partition|Features|ExcNodeList"
     fields = dict(re.findall(rf"(?:^|\s)({names})=(\S*)", answer))
     text = {name: "" if value in ("(null)", "None", "N/A", "Unknown") else value for name, value in fields.items()}
     counts = {name: re.match(r"[0-9]{1,9}", text.get(name, "")) for name in ("Restarts", "NumNodes")}
-    submitted = None
-    with contextlib.suppress(ValueError):
-        submitted = datetime.fromisoformat(text.get("SubmitTime", "")).timestamp()
     return JobFacts(
         state=text.get("JobState", ""),
         reason=text.get("Reason", ""),
@@ -84,7 +77,6 @@ def show_job(job_id: str) -> JobFacts:
         partition=text.get("Partition", ""),
         features=text.get("Features", ""),
         excluded=text.get("ExcNodeList", ""),
-        submitted_unix=submitted,
     )
 
 

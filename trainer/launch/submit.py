@@ -126,6 +126,13 @@ def recorded_jobs(run_directory: Path) -> list[str]:
     return [str(job["id"]) for job in _read_jobs(slurm_directory(run_directory))]
 
 
+def script_of_job(run_directory: Path, job_id: str) -> Path | None:
+    """Return the script that a job of this run (or of the sweep it is in) was submitted with, None if not recorded."""
+    directory = slurm_directory(run_directory if task_of_sweep(run_directory) is None else run_directory.parent)
+    found = [job for job in _read_jobs(directory) if str(job["id"]) == job_id and isinstance(job.get("script"), str)]
+    return directory / Path(str(found[-1]["script"])).name if found else None
+
+
 def _read_jobs(directory: Path) -> list[dict[str, Any]]:
     try:
         content: object = json.loads((directory / _JOBS_NAME).read_bytes())

@@ -42,6 +42,14 @@ STEP_FIELDS: tuple[Field, ...] = (
     Field("memory_bytes", "B", "memory/peak_bytes", "peak on this device, or resident set on CPU"),
     Field("corrupt_samples", "sequences", "data/corrupt_samples", "left out so far because their data is corrupt"),
     Field("batch_hash", "", None, "digest of the tokens of the global batch; `trainer data which` computes it too"),
+    Field(
+        "slowest_rank_seconds",
+        "s",
+        "stragglers/slowest_seconds",
+        "own work a step of the slowest rank, when last compared",
+    ),
+    Field("median_rank_seconds", "s", "stragglers/median_seconds", "the same of the median rank"),
+    Field("slowest_rank", "", "stragglers/slowest_rank", "which rank that was; null: not compared yet"),
     Field("time_unix", "s", None, "when the step ended"),
 )
 
@@ -123,6 +131,9 @@ class StepRecord:
     time_unix: float
     spikes: int = 0
     rewinds: int = 0
+    slowest_rank_seconds: float | None = None
+    median_rank_seconds: float | None = None
+    slowest_rank: int | None = None
     sources: tuple[SourceRecord, ...] = ()
     """One a source of ``data.train``; empty where there is only one."""
 

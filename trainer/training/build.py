@@ -21,6 +21,7 @@ from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.batch_schedule import warmup_text
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
+from trainer.core import phases
 from trainer.core.environ import RankEnvironment
 from trainer.core.errors import CheckpointError
 from trainer.core.units import format_count
@@ -49,6 +50,7 @@ from trainer.training.replica_check import ReplicaCheck
 from trainer.training.resume import Resumption, load_checkpoint, refuse_beyond_budget
 from trainer.training.saving import Saver
 from trainer.training.state import TrainState
+from trainer.training.stragglers import Stragglers
 from trainer.training.tokenizer import keep, load_on_first_rank, refuse_other_tokenizer
 
 
@@ -71,6 +73,7 @@ def build_parts(
     """
     ranks = Ranks.apart()  # on the CPU: nothing that is told here needs a device, and files may take long to hash
     run_directory = Path(recipe.run.directory)
+    phases.mark("start", detail=f"looking for a checkpoint in {run_directory}")
     restore = Stopwatch()
     with restore:
         found = choose(run_directory, recipe.checkpoint.resume, ranks, say)
@@ -83,6 +86,7 @@ def build_parts(
     state = TrainState.from_json(reader.state["train"]) if reader else TrainState()
     mesh = mesh_of(recipe.parallel, environment.world_size)
     place = mesh.place(environment.rank)  # ranks of one replica read the same sequences
+    phases.mark("start", detail="opening the data")
     loader = TrainLoader(
         recipe.data, recipe.run.seed, recipe.batch.global_size, recipe.batch.micro_size,
         place.data, mesh.data, state.consumed_samples, vocabulary,
@@ -92,6 +96,7 @@ def build_parts(
     refuse_other_tokenizer(tokenizer, loader, vocabulary, ranks, pretrained=recipe.model.path is not None)
     _exclude_corrupt(loader, ranks, say)
     validation = Validation(recipe, place.data, mesh.data, vocabulary)
+    phases.mark("start", detail="building the model")
     engine = build_engine(
         recipe,
         config,
@@ -101,6 +106,7 @@ def build_parts(
         from_scratch=reader is not None or source is not None,
     )  # fmt: skip
     stage = deepspeed_json["zero_optimization"]["stage"]
+    phases.mark("load", detail=f"reading {found}" if found else "starting afresh")
     if reader is not None:
         identity = data_identity(recipe, loader.sampler.fingerprint(state.consumed_samples))
         topology = topology_facts(mesh, recipe.parallel.expert, stage)
@@ -112,6 +118,7 @@ def build_parts(
     if recipe.data.mask_documents:
         refuse_leak(engine, config.model_type, vocabulary)
     keep(tokenizer, recipe)
+    phases.mark("start", detail="allocating buffers for checkpoints")
     writer = CheckpointWriter(
         run_directory,
         attempt=f"{ranks.from_first(attempt):04d}",
@@ -146,7 +153,8 @@ def build_parts(
     parts = Parts(
         recipe, derived, engine, loader, validation, state, sinks, saver, guard, replicas, ranks, open_sinks,
         requests,
-        _utilization(engine, config, recipe, derived), rank=environment.rank,
+        _utilization(engine, config, recipe, derived),
+        Stragglers(recipe.resilience.watchdog, engine.device, hosts, sinks.message), rank=environment.rank,
     )  # fmt: skip
     if (warning := untested()) is not None:
         sinks.message(warning)

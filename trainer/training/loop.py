@@ -10,7 +10,7 @@ from trainer.checkpoint.agreement import Ranks
 from trainer.config.batch_schedule import batch_size
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
-from trainer.core import faults
+from trainer.core import faults, phases
 from trainer.data.loader import TrainLoader
 from trainer.engine.base import TrainEngine
 from trainer.evaluation.validation import Validation
@@ -24,6 +24,7 @@ from trainer.training.records import step_record
 from trainer.training.replica_check import ReplicaCheck
 from trainer.training.saving import Saver
 from trainer.training.state import TrainState
+from trainer.training.stragglers import Stragglers
 
 Outcome = Literal["finished", "stopped"]
 
@@ -43,11 +44,12 @@ class Parts:
     guard: Guard
     replicas: ReplicaCheck
     ranks: Ranks
-    open_sinks: Callable[[int], Fanout]
+    open_sinks: Callable[[int, float], Fanout]
     """Open logs and curves, cut back to a step."""
     requests: RequestSources
     utilization: Callable[[float], float | None]
     """Tokens per second → model FLOPs utilization."""
+    stragglers: Stragglers
     rank: int = 0
 
 
@@ -62,6 +64,7 @@ def train(parts: Parts) -> Outcome:
     evaluate_if_due(parts)
     while state.step < total and early_end(parts) is None:
         clock.start_step()
+        phases.mark("data", step=state.step + 1)
         faults.reach("train.step", rank=parts.rank, step=state.step + 1)
         with clock.phase("data_wait"):
             batches = parts.loader.next_step()
@@ -70,9 +73,12 @@ def train(parts: Parts) -> Outcome:
             evaluation_due = is_due(state.step + 1, recipe.evaluation.every_steps)
             requests = parts.requests.ask(state.step + 1, evaluation_due=evaluation_due)
             result = parts.engine.train_batch(batches, parts.guard.accept, learning_rate, requests)
+        phases.mark("log")
         samples = batch_size(recipe.batch, state.step + 1)
         state.advance(samples, samples * recipe.data.sequence_length, result)
-        parts.sinks.step(step_record(parts, result, clock.finish_step(), learning_rate))
+        times = clock.finish_step()
+        parts.stragglers.observe(times.step_seconds)
+        parts.sinks.step(step_record(parts, result, times, learning_rate))
         parts.saver.tell()
         stopping, best = parts.requests.heed(result), False
         if follow_verdict(parts, result):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def step_record(parts: Parts, result: StepResult, times: StepTimes, learning_rate: float) -> StepRecord:
     """Return the record of the step that the state has just counted."""
-    state = parts.state
+    state, compared = parts.state, parts.stragglers.newest
     samples = batch_size(parts.recipe.batch, state.step)
     speed = samples * parts.recipe.data.sequence_length / times.step_seconds
     return StepRecord(
@@ -38,6 +38,9 @@ def step_record(parts: Parts, result: StepResult, times: StepTimes, learning_rat
         skipped=state.skipped_steps,
         memory_bytes=peak_memory_bytes(),
         corrupt_samples=state.corrupt_samples,
+        slowest_rank_seconds=compared.slowest_seconds if compared else None,
+        median_rank_seconds=compared.median_seconds if compared else None,
+        slowest_rank=compared.slowest_rank if compared else None,
         batch_hash=hash_text(result.batch_digest),
         spikes=state.guard.spikes,
         rewinds=len(state.guard.rewound_at),

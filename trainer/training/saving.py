@@ -9,6 +9,7 @@ from typing import Any
 from trainer.checkpoint.hook import Hook
 from trainer.checkpoint.writer import CheckpointWriter, Saved
 from trainer.config.checkpoint import CheckpointConfig
+from trainer.core import phases
 from trainer.core.errors import CheckpointError
 from trainer.core.units import format_bytes, format_duration
 from trainer.engine.base import TrainEngine
@@ -81,10 +82,12 @@ class Saver:
         A failed save is reported and the next one tried; raises CheckpointError, on every rank alike, for the final
         one and under ``on_error: stop``.
         """
+        phases.mark("save", step=self._state.step, detail="waiting for the save before")
         waited = self._settle()
         if self._saved_step == self._state.step:
             return
         self._check()
+        phases.mark("save", detail="writing the checkpoint" if final else "copying the state")
         self._begun_as_good = self._state.guard.bad_since is None
         self._begun_as_best = self._state.best.step == self._state.step
         saved = self._writer.save(

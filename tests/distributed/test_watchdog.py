@@ -1,0 +1,48 @@
+"""Ranks that are stopped, crash, hang or raise: the job ends, and one summary names rank, host, phase and cause."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fault_sweep import KINDS, Injection, draw, faults_of, inject
+from forked_runs import Trainer
+
+SEED = 20
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    with Trainer(tmp_path_factory.mktemp("watchdog")) as made:
+        yield made
+
+
+@pytest.mark.parametrize("injection", draw(SEED, 2, KINDS), ids=lambda injection: injection.fault)
+def test_the_summary_names_rank_host_phase_and_kind(trainer: Trainer, injection: Injection) -> None:
+    name = injection.fault.replace(":", "-")
+    found = inject(trainer, injection, 2, name)
+    assert faults_of(injection, found) == [], found
+    assert found["fix"]
+    run = trainer.directory / name
+    # What all ranks did, with the Python stacks of those that could still be asked, or what they raised.
+    reports = run / "failures" / found["launch"]
+    assert sorted(path.name for path in reports.glob("rank-*.json")) == ["rank-00000.json", "rank-00001.json"]
+    for rank in (0, 1):
+        if rank != injection.rank or injection.kind != "exit":
+            assert "most recent call" in (reports / f"rank-{rank:05d}.stacks.txt").read_text()
+    # Told once, and status.json says it where rank 0 had no words of its own.
+    said = (trainer.directory / f"{name}.out").read_text()
+    assert said.count(f"trainer: {found['class']}: ") == 1
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert injection.kind == "raise" or status["reason"] == found["cause"]
+
+
+def test_the_watchdog_reads_nothing_of_the_injector() -> None:
+    judges = [*(REPOSITORY / "trainer" / "resilience").glob("*.py")]
+    judges += [REPOSITORY / "trainer" / "launch" / f"{name}.py" for name in ("supervisor", "rank_examiner", "failure")]
+    for path in judges:
+        assert "faults" not in path.read_text().replace("def faults", ""), path
