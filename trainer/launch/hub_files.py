@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,15 +58,14 @@ def not_cached(recipe: Recipe) -> list[Problem]:
 
 
 def _not_cached(repositories: Sequence[Wanted]) -> Iterator[Problem]:
-    import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    download: Any = huggingface_hub.snapshot_download  # its own types are partial
+    hub: Any = importlib.import_module("huggingface_hub")  # slow to load, and typed in part only
     fix = "run trainer fetch RECIPE where there is internet, or set launch.slurm.online: true"
     for repository in repositories:
         try:
             # Newer releases know the list of all files, and refuse a snapshot that lacks some of what is asked for.
-            found = download(
+            found = hub.snapshot_download(
                 repository.repository, revision=repository.revision, local_files_only=True,
                 allow_patterns=list(repository.patterns), ignore_patterns=["*/*"],
             )  # fmt: skip
