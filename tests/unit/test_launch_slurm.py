@@ -191,6 +191,13 @@ def test_secret_is_refused_without_repeating_it(changes):
         assert secret not in str(error.value)
 
 
+def test_secret_on_the_command_line_is_refused():
+    command = ("python3", "-m", "trainer", "train", "recipe.yaml", "telemetry.api_key=0123456789abcdef")
+    with pytest.raises(RefusedError, match=r"telemetry\.api_key=<redacted>") as error:
+        render(dataclasses.replace(PLAN, command=command))
+    assert "0123456789abcdef" not in str(error.value)
+
+
 @pytest.mark.parametrize("line", ['export HF_TOKEN="$(cat ~/.token)"', "export HF_TOKEN=$TOKEN", "source ~/.secrets"])
 def test_secret_read_from_elsewhere_is_taken(line):
     assert line in render(dataclasses.replace(PLAN, setup=(line,)))

@@ -8,10 +8,10 @@ import os
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trainer.launch.finished import finished_since_submission
 
 from trainer.config.load import read_mapping
 from trainer.core.errors import Problem, RecipeError, RefusedError
+from trainer.launch.finished import finished_since_submission
 from trainer.launch.submit import dependency, recorded_jobs
 from trainer.launch.sweep import MAXIMUM_TASKS, plan_sweep, read_axes
 from trainer.launch.sweep_file import Sweep, Task, read_sweep, write_sweep

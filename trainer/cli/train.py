@@ -26,17 +26,21 @@ def train(
     from trainer.core import environ
 
     environment = environ.detect(os.environ)
+    stop = context.find_object(StopFlag)
     if environment is None:
+        if stop is not None:
+            stop.pass_on()
         raise typer.Exit(_launch(recipe, overrides or []))
     environ.die_with_parent(os.environ)
     if environment.needs_discovery:
         from trainer.launch.mpirun import discover
 
         environment = discover(environment)
-    elif environment.launcher == "slurm":
-        from trainer.launch.address import reachable
+    if environment.world_size > environment.local_world_size:
+        from trainer.launch.address import choose_interface, reachable
 
         environment = reachable(environment)
+        choose_interface(environment, os.environ)
     environ.export(environment, os.environ)
 
     from trainer.core.errors import TrainerError
@@ -58,7 +62,6 @@ def train(
     _supervise(prepared.recipe, environment)
     from trainer.training.rank import end_process, run_rank
 
-    stop = context.find_object(StopFlag)
     end_process(run_rank(prepared.recipe, prepared.derived, prepared.deepspeed, environment, stop, job_end_unix))
 
 
