@@ -12,10 +12,10 @@ import pytest
 from forked_runs import STEPS, Trainer
 
 from trainer.checkpoint import layout
-from trainer.cli.train import already_finished
 from trainer.config.load import load_recipe
 from trainer.evaluation.standalone import evaluate_model
 from trainer.launch.status import collect, describe
+from trainer.training.starting import nothing_to_do
 
 STOPPING = {"every_steps": 2, "early_stopping": {"patience": 3, "minimum_delta": 10.0}}
 """The first evaluation is an improvement, no other is by 10 nats: the run ends after the one at step 6."""
@@ -63,11 +63,11 @@ def test_a_run_ends_finished_and_goes_on_with_more_patience(trainer: Trainer, se
     assert (status["state"], status["step"], status["best_step"]) == ("finished", 6, best)
     assert status["reason"].startswith(words)
     assert recipe.with_suffix(".out").read_text().count(f"finished 6 of {STEPS} steps in {directory}: {words}") == 2
-    said = already_finished(load_recipe(recipe), STEPS)
+    said = nothing_to_do(load_recipe(recipe), STEPS)
     assert said is not None
     assert words in said
     more = ["evaluation.early_stopping.patience=5"]
-    assert already_finished(load_recipe(recipe, more), STEPS) is None
+    assert nothing_to_do(load_recipe(recipe, more), STEPS) is None
 
     trainer.check(trainer.train(recipe, *more), recipe)
     assert (trainer.status(run)["step"], steps_held(directory)) == (10, [6, 10])

@@ -100,7 +100,9 @@ def test_nodes_without_a_route_between_them(slurm_cluster, recipe: Path) -> None
     route = ["ip", "route", "add", "blackhole", f"{ADDRESS['node1']}/32"]
     with on_node(slurm_cluster, "node2", route, ["ip", "route", "del", "blackhole", f"{ADDRESS['node1']}/32"]):
         done = check(slurm_cluster, recipe, "launch.preflight.seconds=20")
-    assert done.returncode == 1, done.stdout + done.stderr
+    # Not always 1: srun may have killed the far rank, whose code is then the highest.
+    assert done.returncode in (1, 143), done.stdout + done.stderr
     assert "rank 1 of 2 did not arrive: no word from node2" in done.stdout
+    assert "frame #" not in done.stderr, "torch's own words about the connection help nobody"
     found = failure(recipe)
     assert (found["class"], found["suspect_hosts"]) == ("rendezvous", ["node2"])

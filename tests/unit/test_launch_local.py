@@ -30,7 +30,7 @@ STOPPABLE = (
     BEGIN
     + """
 seen = []
-for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, lambda number, frame: seen.append(signal.Signals(number).name))
 ready()
 while not seen:
@@ -145,8 +145,8 @@ def test_rank_killed_by_a_signal_is_named(tmp_path):
     ("sent", "received"),
     [
         ("SIGTERM", "SIGTERM"),
-        ("SIGINT", "SIGTERM"),
-        ("SIGHUP", "SIGTERM"),
+        ("SIGINT", "SIGINT"),
+        ("SIGHUP", "SIGHUP"),
         ("SIGUSR1", "SIGUSR1"),
         ("SIGUSR2", "SIGUSR2"),
     ],

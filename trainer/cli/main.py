@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -27,6 +28,7 @@ from trainer.cli import (
     verify,
 )
 from trainer.core.errors import EXIT_FAILURE, TrainerError
+from trainer.resilience.signals import StopFlag, early_stop_flag
 
 app = typer.Typer(
     name="trainer",
@@ -72,10 +74,13 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("quickstart")(quickstart.quickstart)
 
 
-def main() -> None:
-    """Run the command line; a TrainerError becomes its text on stderr and its exit code."""
+def main(stop: StopFlag | None = None) -> None:
+    """Run the command line; a TrainerError becomes its text on stderr and its exit code.
+
+    ``stop`` holds what signals a rank got so far.
+    """
     try:
-        app()
+        app(obj=stop or early_stop_flag(os.environ, sys.argv))
     except TrainerError as error:
         print(f"trainer: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -26,7 +26,10 @@ def train(
     from trainer.core import environ
 
     environment = environ.detect(os.environ)
+    stop = context.find_object(StopFlag)
     if environment is None:
+        if stop is not None:
+            stop.pass_on()
         raise typer.Exit(_launch(recipe, overrides or []))
     environ.die_with_parent(os.environ)
     if environment.needs_discovery:
@@ -58,7 +61,6 @@ def train(
     _supervise(prepared.recipe, environment)
     from trainer.training.rank import end_process, run_rank
 
-    stop = context.find_object(StopFlag)
     end_process(run_rank(prepared.recipe, prepared.derived, prepared.deepspeed, environment, stop, job_end_unix))
 
 

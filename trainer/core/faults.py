@@ -2,12 +2,12 @@
 
 ``TRAINER_FAULTS=point:rank:step:kind[,...]`` with ``TRAINER_ALLOW_FAULTS=1``. ``step`` or ``rank`` may be ``*``.
 Kinds: ``kill`` (SIGKILL to this process), ``raise``, ``enospc``, ``eio`` (OSError), ``truncate`` (cut the file at hand
-in half, then SIGKILL: what a kill in the middle of a write leaves behind), ``signal`` (SIGUSR1 to this rank alone),
-``sleep`` (for an hour), ``pause0.5`` (for half a second, or until a signal comes), ``stop`` (SIGSTOP), ``segfault``,
-``exit`` (os._exit(7)), ``memory`` (ask for more than is allowed), ``lock`` (sleep for an hour in C code that keeps the
-interpreter's lock). Some make the system itself refuse what follows: ``fill`` (fill the file system beside the file at
-hand, which must be a small one), ``chmod`` (take the right to write from its directory), ``fsize`` (limit files of this
-process to 256 KiB) and ``nofsize`` (no longer).
+in half, then SIGKILL: what a kill in the middle of a write leaves behind), ``signal`` (SIGUSR1 to this rank alone;
+``sigterm`` and others likewise), ``sleep`` (for an hour), ``pause0.5`` (for half a second, or until a signal comes),
+``stop`` (SIGSTOP), ``segfault``, ``exit`` (os._exit(7)), ``memory`` (ask for more than is allowed), ``lock`` (sleep for
+an hour in C code that keeps the interpreter's lock). Some make the system itself refuse what follows: ``fill`` (fill
+the file system beside the file at hand, which must be a small one), ``chmod`` (take the right to write from its
+directory), ``fsize`` (limit files of this process to 256 KiB) and ``nofsize`` (no longer).
 Every phase of `trainer.core.phases` is a point: ``phase.forward``.
 """
 
@@ -51,6 +51,8 @@ def _strike(kind: str, point: str, path: Path | None) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**18 if kind == "fsize" else most, most))
     elif kind == "signal":
         os.kill(os.getpid(), signal.SIGUSR1)
+    elif kind.startswith("sig"):
+        os.kill(os.getpid(), getattr(signal, kind.upper()))
     elif kind == "sleep":
         time.sleep(3600)
     elif kind in ("stop", "segfault"):

@@ -70,10 +70,9 @@ def _refuse_if_none_runs(run_directory: Path) -> None:
     if not run_directory.is_dir():
         raise RefusedError(f"{run_directory} is not a directory → give the run.directory of a recipe")
     if holder(run_directory) is None:
-        fix = f"to keep it from starting: touch {stop_path(run_directory)}"
-        raise RefusedError(
-            Problem(str(run_directory), None, "no run is running here: nobody would read the request", fix)
-        )
+        rule = "no run is running here: nobody would answer"
+        fix = f"touch {stop_path(run_directory)} to keep it from starting"
+        raise RefusedError(Problem(str(run_directory), None, rule, fix))
 
 
 def _answer_to(run_directory: Path, command: Command) -> dict[str, Any] | None:

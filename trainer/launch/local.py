@@ -16,15 +16,15 @@ from trainer.core.environ import PARENT_VARIABLE, RankEnvironment, export
 from trainer.core.errors import EXIT_DO_NOT_RESTART, EXIT_FAILURE, EXIT_OK, EXIT_REFUSED, EXIT_REQUEUE
 from trainer.launch.ports import free_port
 
-_FORWARDED = {
-    # The ranks have a session of their own: the terminal's Ctrl-C and hang-up reach the launcher only. Both become
-    # SIGTERM, which every rank answers by saving.
-    signal.SIGINT: signal.SIGTERM,
-    signal.SIGHUP: signal.SIGTERM,
-    signal.SIGTERM: signal.SIGTERM,
-    signal.SIGUSR1: signal.SIGUSR1,
-    signal.SIGUSR2: signal.SIGUSR2,
-}
+_FORWARDED = (
+    # The ranks have a session of their own: the terminal's Ctrl-C and hang-up reach the launcher only. Every rank
+    # answers by saving, and status.json says whether it was a person who asked.
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
 _SAME_SIGNAL_SECONDS = {signal.SIGINT: 0.1, signal.SIGTERM: 0.5}
 """A repeat within this time is the same request: process managers and SLURM deliver one stop several times."""
 _POLL_SECONDS = 0.05
@@ -119,6 +119,7 @@ class _Launcher:
         self.aborted_by: signal.Signals | None = None
         self.failed_at: float | None = None
         self.tolerates_repeats = False
+        self.incomplete = False
 
     @contextlib.contextmanager
     def signals_caught(self) -> Generator[None]:
@@ -149,6 +150,7 @@ class _Launcher:
         self.tolerates_repeats = "SLURM_JOB_ID" in environment
         for rank in range(processes):
             if self.pending:  # told to stop before all had started: the missing ranks would leave the others waiting
+                self.incomplete = True
                 break
             variables = dict(environment)
             export(place(rank), variables)
@@ -173,13 +175,14 @@ class _Launcher:
                 self.say(f"second {signum.name}: killing every rank; the last committed checkpoint stays")
                 self.kill_all()
                 return
-            passed_on = _FORWARDED[signum]
-            if passed_on in self.forwarded:
+            if signum in self.forwarded:
                 continue
-            self.forwarded.add(passed_on)
+            self.forwarded.add(signum)
             self.say(f"{signum.name}: asking every rank to save and stop")
             for rank in self.running():
-                rank.tell(passed_on)
+                rank.tell(signum)
+            if self.incomplete:
+                self.kill_all()
 
     def is_second_stop(self, signum: signal.Signals, at: float) -> bool:
         if self.last_stop is None:

@@ -13,6 +13,7 @@ from typing import Literal
 from trainer.config.run import Recipe
 from trainer.config.slurm import ContainerConfig, has_control_characters, slurm_problems
 from trainer.core.errors import Problem, RefusedError
+from trainer.core.redact import redacted_text
 from trainer.core.resources import resource_directory
 from trainer.launch.container import in_container, srun_container_options
 from trainer.launch.site import environment_lines, gpu_lines, module_lines
@@ -26,12 +27,13 @@ _LOADING_SECONDS = 150
 """For Python and torch to be loaded, from a network file system perhaps, and for srun to start and end the ranks."""
 _NODE_CHECK = """
 # Are these nodes fit for the run? 1: a node is at fault, RUN/failure.json names it; 2: the recipe or environment is.
-# srun waits for ever for a node that it can't reach, hence timeout.
+# srun waits for ever for a node that it can't reach, hence timeout. USR1 ends the check: nothing is to be saved yet.
 {start} &
-checking=$!
-while kill -0 "$checking" 2>/dev/null; do wait "$checking" || true; done
+step=$!
+while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
 code=0
-wait "$checking" || code=$?
+wait "$step" || code=$?
+step=
 [ "$code" -eq 0 ] || settle "$code"
 """
 
@@ -283,6 +285,11 @@ def _problems(plan: LaunchPlan) -> list[Problem]:
     for text in (*plan.command, *plan.node_check, plan.python):
         if has_control_characters(text):
             problems.append(Problem("command", text, "must be one line without control characters"))
+        elif redacted_text(text) != text:
+            rule = "looks like a secret, and batch scripts are kept and shown"
+            problems.append(
+                Problem("command line", redacted_text(text), rule, "read it from a file, by launch.slurm.setup")
+            )
     if not plan.command:
         problems.append(Problem("command", None, "is empty"))
     return problems

@@ -30,7 +30,7 @@ from trainer.core.lock_owner import Owner
 from trainer.core.phases import Board, Snapshot
 from trainer.core.private import GroupAccess, directory_mode, file_mode, keep_private
 from trainer.core.run_lock import lock_path
-from trainer.launch.failure import note_in_status, summarise_launch, tell_once, to_json
+from trainer.launch.failure import is_first, note_in_status, summarise_launch, tell_once, to_json
 from trainer.launch.rank_examiner import Examiner, Place
 from trainer.launch.reachability import Listener, own_address, unreachable, whom_to_ask
 from trainer.resilience.failure_classes import is_echo
@@ -82,7 +82,6 @@ def become_rank(watched: Watched) -> None:
     pid = os.fork()
     if pid == 0:
         _die_with(supervisor_pid)
-        examiner.in_rank()
         board.beat(watched.ranks.rank)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return
@@ -240,10 +239,11 @@ class _Supervisor:
         report = self._examiner.report(event, snapshot, ended=code)
         self._save(report, self._examiner.stacks(ask=False))
         echo = event == "raised" and is_echo(f"{report.exception_type}: {report.exception_message}")
-        if not echo or self._rank == 0:
+        # All ranks may fail with the same words: the first of them judges, and rank 0, who may know more by then.
+        if self._rank == 0 or (not echo and self._in_time(lambda: is_first(self._directory, "judged"), True)):
             end = time.monotonic() + self._settings.report_seconds
             while time.monotonic() < end and self._in_time(self._num_reports, 0) < self._world_size:
-                self._pause(0.1)
+                self._pause(max(0.1, self._look_every_seconds / 5))
             self._judge(code if code == EXIT_DO_NOT_RESTART else EXIT_FAILURE)
 
     def _write(self, event: Event, snapshot: Snapshot, state: str, stalled: float, *, ask: bool = False) -> None:

@@ -68,8 +68,9 @@ class Control:
         self._warned: set[str] = set()
         self._saving: tuple[Command, int] | None = None
         self._log_level = 0
+        self._asked: Stop | None = None
         self.stop: Stop | None = None
-        """Set once the run is to end."""
+        """Why the run is to end after the step that was looked at last, None: it isn't."""
 
     def begin(self, step: int) -> None:
         """Say what is still asked for by an earlier start; ``step`` steps are done."""
@@ -95,7 +96,10 @@ class Control:
             command = self._new_command()
             if command is not None:
                 saves = self._act(command, step)
-        if self._stop_step is not None and step >= self._stop_step and self.stop is None:
+        if self._saving is not None and step <= self._saving[1]:  # the run went back before it could save
+            self._saving, saves = (self._saving[0], step), True
+        self.stop = self._asked
+        if self._stop_step is not None and step >= self._stop_step and (self.stop is None or not self.stop.by_person):
             self.stop = Stop(f"trainer control stop-after {self._stop_step}", by_person=True)
         return saves, self._log_level
 
@@ -107,8 +111,8 @@ class Control:
         problem = stop_file_problem(self._run)
         if problem:
             self._warn(f"{stop_path(self._run)} is ignored: it {problem}")
-        elif problem == "" and (self.stop is None or not self.stop.by_person):
-            self.stop = Stop(f"stop file {stop_path(self._run)}", by_person=True)
+        elif problem == "" and (self._asked is None or not self._asked.by_person):
+            self._asked = Stop(f"stop file {stop_path(self._run)}", by_person=True)
 
     def _new_command(self) -> Command | None:
         path = control_path(self._run)
@@ -133,8 +137,8 @@ class Control:
             self._answer(command, "accepted", f"saving after step {step}")
             return True
         if command.action == "stop":
-            if self.stop is None or not self.stop.by_person:
-                self.stop = Stop(f"trainer control stop by {command.who}", by_person=not command.requeue)
+            if self._asked is None or not self._asked.by_person:
+                self._asked = Stop(f"trainer control stop by {command.who}", by_person=not command.requeue)
             self._answer(command, "accepted", f"stopping after step {step}")
         elif command.action == "log-level":
             self._log_level = LOG_LEVELS[str(command.value)]

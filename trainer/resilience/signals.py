@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -15,6 +15,8 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, 
 _BY_PERSONS = (signal.SIGINT, signal.SIGHUP)
 """A keyboard or a closed terminal: no scheduler sends these."""
 _SAME_INTERRUPT_SECONDS = 0.5
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+"""One of these is in the environment of every rank, and of some other processes."""
 _EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -49,7 +51,9 @@ class StopFlag:
         return self._time_unix
 
     def install(self) -> None:
-        """Install the handlers; call from the main thread. SIGHUP stays ignored under nohup."""
+        """Install the handlers, once; call from the main thread. SIGHUP stays ignored under nohup."""
+        if self._previous:
+            return
         for signum in _STOP_SIGNALS:
             if signum is signal.SIGHUP and signal.getsignal(signum) is signal.SIG_IGN:
                 continue
@@ -60,6 +64,12 @@ class StopFlag:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         self._previous.clear()
+
+    def pass_on(self) -> None:
+        """Restore what `install` replaced and let the signal that came meanwhile do what it would have done."""
+        self.restore()
+        if self._signal is not None:
+            os.kill(os.getpid(), self._signal)
 
     def __enter__(self) -> StopFlag:
         self.install()
@@ -82,6 +92,18 @@ class StopFlag:
         if self._signal is None:
             self._signal = signal.Signals(signum)
             self._time_unix = time.time()
+
+
+def early_stop_flag(environment: Mapping[str, str], arguments: Sequence[str]) -> StopFlag | None:
+    """Install handlers where this may be a rank's `trainer train`, before the imports that take its first seconds.
+
+    Until then a signal kills the rank, and one rank that is gone fails the job.
+    """
+    if arguments[1:2] != ["train"] or not any(name in environment for name in _RANKS):
+        return None
+    flag = StopFlag()
+    flag.install()
+    return flag
 
 
 def _stop_now() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from trainer.core import faults
 from trainer.evaluation.best import metric_loss, metric_name, stopping_reason
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def evaluate_if_due(parts: Parts) -> bool:
     due = step in (0, parts.derived.total_steps) or is_due(step, parts.recipe.evaluation.every_steps)
     if not due or state.evaluated_step == step:
         return False
+    faults.reach("train.evaluation", rank=parts.rank, step=step)
     records = parts.validation.run(parts.engine, step)
     state.evaluated_step = step
     if not records:

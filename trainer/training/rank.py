@@ -7,20 +7,25 @@ import os
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.config.derive import Derived
 from trainer.config.run import Recipe
-from trainer.core import phases
-from trainer.core.done_file import remove_done, write_done
+from trainer.core import faults, phases
+from trainer.core.done_file import read_done, remove_done, write_done
 from trainer.core.environ import RankEnvironment
-from trainer.core.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, RefusedError, TrainerError
+from trainer.core.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, CorruptionError, RefusedError, TrainerError
 from trainer.core.logs import RankLog, open_rank_log
 from trainer.core.private import keep_private, make_run_directory
 from trainer.resilience.deadline import Durations
 from trainer.resilience.job_end import Ask
 from trainer.resilience.signals import StopFlag
 from trainer.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from trainer.training.loop import Outcome, Parts
+
+_CODES: dict[Outcome, int] = {"finished": EXIT_OK, "stopped": EXIT_REQUEUE}
 
 
 def run_rank(
@@ -44,6 +49,7 @@ def run_rank(
             print(text, file=log.console_stream, flush=True)
 
         try:
+            faults.reach("train.start", rank=environment.rank, step=0)
             if environment.rank == 0:
                 directory = RunDirectory(recipe, deepspeed_json, environment.world_size, say)
             code = _train(recipe, derived, deepspeed_json, environment, directory, log, stop, job_end)
@@ -108,7 +114,7 @@ def _train(
             may_commit=directory.refuse_if_taken_over if directory else lambda: None,
         )  # fmt: skip
         if directory is not None:
-            remove_done(directory.path)
+            _leave_done(directory, parts)
             if parts.state.best.loss is not None:
                 directory.status(best_validation_loss=parts.state.best.loss, best_step=parts.state.best.step)
         try:
@@ -118,16 +124,8 @@ def _train(
             parts.saver.rescue()
             raise
         early = early_end(parts)
-        code = EXIT_OK if outcome == "finished" else EXIT_REQUEUE
-        requests.finish()
         if directory is not None:
-            # Before teardown: an abort there must not look like a failed run.
-            ending = requests.ending
-            reason = early if outcome == "finished" else ending.reason
-            requeue = outcome == "stopped" and not ending.by_person
-            if outcome == "finished":
-                write_done(directory.path, step=parts.state.step, attempt=directory.attempt, reason=early)
-            directory.status(state=outcome, step=parts.state.step, exit_code=code, reason=reason, requeue=requeue)
+            _say_ended(directory, parts, outcome, early)  # before teardown: an abort there must not look like a failure
         sinks.message(_farewell(outcome, parts.state.step, derived, recipe, early))
         if directory is not None and outcome == "finished":
             directory.report(sinks.message)
@@ -144,7 +142,27 @@ def _train(
     finally:
         sinks.close()
         leave_group()
-    return code
+    return _CODES[outcome]
+
+
+def _leave_done(directory: RunDirectory, parts: Parts) -> None:
+    """Remove RUN/DONE: a finished run was asked for more, or its last checkpoint is gone."""
+    done = read_done(directory.path)
+    if done is not None and done.step > parts.state.step:
+        parts.sinks.message(f"DONE says step {done.step}, but the newest checkpoint is of step {parts.state.step}")
+    remove_done(directory.path)
+
+
+def _say_ended(directory: RunDirectory, parts: Parts, outcome: Outcome, early: str | None) -> None:
+    """Write into status.json, and RUN/DONE where nothing is left to do, how the loop ended."""
+    parts.requests.finish()
+    ended: dict[str, Any] = {"state": outcome, "step": parts.state.step, "exit_code": _CODES[outcome]}
+    if outcome == "finished":
+        write_done(directory.path, step=parts.state.step, attempt=directory.attempt, reason=early)
+        directory.status(**ended, reason=early, requeue=False)
+    else:
+        ending = parts.requests.ending
+        directory.status(**ended, reason=ending.reason, requeue=not ending.by_person)
 
 
 def _farewell(outcome: str, step: int, derived: Derived, recipe: Recipe, early: str | None) -> str:
@@ -175,8 +193,16 @@ def _report(error: BaseException, environment: RankEnvironment, directory: RunDi
 
 def note_exception(error: BaseException) -> None:
     """Let the supervisor know what ends this rank, before anything else is done about it."""
-    text = "".join(traceback.format_exception(error))
-    phases.board.note_exception(error, text, told=isinstance(error, TrainerError))
+    if isinstance(error, RefusedError):  # nothing failed, and nothing may be written
+        return
+    blamed = (error.ranks, error.hosts) if isinstance(error, CorruptionError) else ((), ())
+    phases.board.note_exception(
+        error,
+        "".join(traceback.format_exception(error)),
+        told=isinstance(error, TrainerError),
+        blamed_ranks=blamed[0],
+        blamed_hosts=blamed[1],
+    )
 
 
 def _told_by_first_rank(log: RankLog, text: str) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.select import choose_before
+from trainer.core import phases
 from trainer.resilience.guard import Rewind
 from trainer.training.resume import Resumption, restore_generators
 from trainer.training.state import TrainState
@@ -24,6 +25,7 @@ def rewind(parts: Parts) -> Rewind | None:
     """
     now = parts.state
     assert now.guard.bad_since is not None
+    phases.mark("load", detail="going back to a checkpoint")
     parts.saver.settle()
     directory = Path(parts.recipe.run.directory)
     found = choose_before(directory, now.guard.bad_since, parts.ranks, parts.sinks.message)

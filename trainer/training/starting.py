@@ -15,27 +15,26 @@ from trainer.evaluation.best import BestEvaluation, stopping_reason
 def nothing_to_do(recipe: Recipe, total_steps: int) -> str | None:
     """Return how the run has ended if there is nothing left to do: its last step reached, or early stopping.
 
-    Raises RefusedError where RUN/DONE names a checkpoint that is gone, and DoNotRestartError where RUN/stop exists and
-    something is left to do.
+    Raises RefusedError where RUN/DONE says that it finished but no checkpoint is left, and DoNotRestartError where
+    RUN/stop exists and something is left to do.
     """
     directory = Path(recipe.run.directory)
     newest = layout.newest(directory)
-    _refuse_lost(directory, newest[0] if newest is not None else None)
+    if newest is None:
+        _refuse_lost(directory)
     words = _finished(recipe, total_steps, newest) if newest is not None else None
     if words is None and stop_file_problem(directory) == "":
         raise DoNotRestartError(f"{stop_path(directory)} exists: remove it to continue the run")
     return words
 
 
-def _refuse_lost(directory: Path, newest_step: int | None) -> None:
-    """Raise RefusedError if the checkpoint that a finished run has left is gone: it would be trained all over again."""
+def _refuse_lost(directory: Path) -> None:
+    """Raise RefusedError if a run has finished here: it would be trained all over again."""
     done = read_done(directory)
-    if done is None or (newest_step is not None and newest_step >= done.step):
-        return
-    found = "there is no checkpoint" if newest_step is None else f"the newest checkpoint is of step {newest_step}"
-    rule = f"says that the run finished at step {done.step}, but {found}"
-    fix = f"bring {layout.step_name(done.step)} back, or delete DONE to train from what is there"
-    raise RefusedError(Problem(str(done_path(directory)), None, rule, fix))
+    if done is not None:
+        rule = f"says that the run finished at step {done.step}, but there is no checkpoint any more"
+        fix = f"bring {layout.step_name(done.step)} back, or delete DONE to train from the beginning"
+        raise RefusedError(Problem(str(done_path(directory)), None, rule, fix))
 
 
 def _finished(recipe: Recipe, total_steps: int, newest: tuple[int, Path]) -> str | None:
