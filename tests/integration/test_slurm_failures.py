@@ -14,7 +14,7 @@ from slurm_runs import SlurmRun, sections, undisturbed
 from trainer.core.hostlist import expand_hostlist
 from trainer.launch.slurm import LaunchPlan, render
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 STEPS = 28
 STAND_IN = Path(__file__).resolve().parents[1] / "slurm_cluster" / "stand_in.py"
 
