@@ -17,7 +17,7 @@ from trainer.core.redact import redacted_text
 from trainer.core.resources import resource_directory
 from trainer.launch.container import in_container, srun_container_options
 from trainer.launch.site import environment_lines, gpu_lines, module_lines
-from trainer.launch.starters import Starter, signal_target, start_line
+from trainer.launch.starters import Starter, signal_target, stage_lines, start_line
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _PATH = re.compile(r"/[\w./+=@:,~% -]*")
@@ -89,6 +89,9 @@ class LaunchPlan:
     """``srun --mpi``."""
     online: bool = False
     """False: the Hugging Face libraries of the ranks ask no Hub."""
+    stage: str | None = None
+    """Archive of the ranks' environment, unpacked on every node."""
+    stage_directory: str = "/tmp"
     command: tuple[str, ...]
     """What each rank runs."""
     node_check: tuple[str, ...] = ()
@@ -155,6 +158,7 @@ def render(plan: LaunchPlan) -> str:
         "SITE": "\n".join(_site_lines(plan)),
         "SETUP": "\n".join(plan.setup),
         "PREFLIGHT": _node_check(plan),
+        "STAGE": "".join(f"\n{line}" for line in stage_lines(plan)) + ("\n" if plan.stage else ""),
         "START": _start(plan),
         "PYTHON": shlex.quote(plan.python),
         "RUN_DIRECTORY": '"$run"',
@@ -290,6 +294,13 @@ def _problems(plan: LaunchPlan) -> list[Problem]:
             problems.append(
                 Problem("command line", redacted_text(text), rule, "read it from a file, by launch.slurm.setup")
             )
+    for key, text in (("stage", plan.stage), ("stage_directory", plan.stage_directory)):
+        if text is not None and _PATH.fullmatch(text) is None:
+            rule = "must be an absolute path of letters, digits, spaces and ./_-+=@:,~%"
+            problems.append(Problem(f"launch.slurm.{key}", text, rule))
+    if plan.stage is not None and plan.container is not None:
+        rule = "has no effect in a container, which brings its own environment"
+        problems.append(Problem("launch.slurm.stage", plan.stage, rule, "remove one of them"))
     if not plan.command:
         problems.append(Problem("command", None, "is empty"))
     return problems

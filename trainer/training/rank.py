@@ -80,13 +80,12 @@ def _train(
 
     sinks, durations = Fanout([]), Durations()
 
-    def open_sinks(resume_step: int, restore_seconds: float | None = None) -> Fanout:
+    def open_sinks(resume_step: int, restore_seconds: float) -> Fanout:
         nonlocal sinks
         sinks.close()
         if directory is not None:
-            if restore_seconds is not None:  # else a rewind, which the clock sees by the numbers of the steps
-                nodes = -(-environment.world_size // environment.local_world_size)
-                directory.clock.begin(resume_step, restore_seconds, nodes)
+            nodes = -(-environment.world_size // environment.local_world_size)
+            directory.clock.begin(resume_step, restore_seconds, nodes)
             phases.board.note_started()
             made = build_sinks(recipe, directory.path, resume_step, derived.total_steps, log.console_stream)
             goodput = GoodputSink(directory.clock, lambda record: sinks.goodput(record))
