@@ -14,7 +14,7 @@ from slurm_runs import SlurmRun, sections, undisturbed
 from trainer.core.hostlist import expand_hostlist
 from trainer.launch.slurm import LaunchPlan, render
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 STEPS = 28
 STAND_IN = Path(__file__).resolve().parents[1] / "slurm_cluster" / "stand_in.py"
 
@@ -81,11 +81,11 @@ def test_run_survives_its_nodes(slurm_cluster, tmp_path):
     assert {node["host"] for node in excluded} >= {batch_host}
 
 
-def stand_in(run_directory: Path, mode: str, controller_seconds: int) -> Path:
+def stand_in(run_directory: Path, mode: str, controller_seconds: int, nodes: int = 1) -> Path:
     """Return the batch script of a job that trains nothing."""
     plan = LaunchPlan(
         job_name="stand-in",
-        nodes=1,
+        nodes=nodes,
         ranks_per_node=1,
         time="5",
         command=(sys.executable, str(STAND_IN), str(run_directory), mode),
@@ -109,6 +109,24 @@ def wrapper(directory: Path, name: str, lines: str) -> None:
         f'{lines}\nexec /usr/bin/{name} "$@"\n'
     )
     path.chmod(0o755)
+
+
+def test_dead_node_is_left_out(slurm_cluster, tmp_path):
+    """Also once it is back, and although SLURM had requeued the job before anybody asked."""
+    run = tmp_path / "run"
+    done = slurm_cluster.run(["sbatch", "--parsable", str(stand_in(run, "wait", 60, nodes=2))], cwd=run)
+    job = done.stdout.strip()
+    slurm_cluster.wait_for(run / "attempt-0-rank-1.json")
+    slurm_cluster.crash("node2")
+    slurm_cluster.wait_for(run / "slurm" / "excluded_nodes.json", timeout=120)
+    slurm_cluster.boot("node2")
+    log = run / "logs" / f"slurm-{job}.out"
+    assert slurm_cluster.wait(job, timeout=120) == "COMPLETED", log.read_text()
+    assert slurm_cluster.fields(job)["ExcNodeList"] == "node2", log.read_text()
+    entries = json.loads((run / "slurm" / "restarts.json").read_text())["attempts"]
+    assert [entry["decision"] for entry in entries] == ["retry", "done"]
+    assert "node failure: node2" in entries[0]["reason"]
+    assert expand_hostlist(entries[1]["nodes"]) == ["node1", "node3"]
 
 
 def test_commands_that_fail_hang_and_refuse(slurm_cluster, tmp_path):

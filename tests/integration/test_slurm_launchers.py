@@ -92,6 +92,7 @@ def losses(slurm_cluster, ssh, tmp_path_factory) -> dict[str, list[tuple[float, 
     return found
 
 
+@pytest.mark.timeout(600)  # five starts of four ranks that import torch, one after the other
 def test_every_start_computes_the_same_bits(losses):
     assert set(losses) == set(STARTS)
     assert len(losses["srun"]) == STEPS

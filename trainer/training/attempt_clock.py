@@ -41,6 +41,7 @@ class AttemptClock:
             with self._counting:
                 self.times.go_back(resumed_step)
                 self.times.rewind_restore_seconds += restore_seconds
+            self._wake.set()
             return
         self._before = close_books(self._run_directory)
         with self._counting:
