@@ -15,4 +15,14 @@ if [ "${1:-}" = fast ]; then
 fi
 PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $bin/pyright --pythonpath $bin/python
 # Two files at a time: tests wait on ranks more than they compute. In the order of collection, the long files first.
-exec $bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@"
+suite="$bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15"
+[ $# -eq 0 ] || exec $suite "$@"
+# The tests on a SLURM cluster wait for limits, lost nodes and queues most of the time: they run beside the others.
+log=$(mktemp)
+trap 'rm -f "$log"; kill $(jobs -p) 2>/dev/null || true' EXIT
+$suite -m slurm >"$log" 2>&1 &
+slurm=$! code=0
+$suite -m "not slurm" || code=$?
+wait "$slurm" || code=$?
+cat "$log"
+exit "$code"

@@ -17,13 +17,17 @@ WORLD = 4
 
 def sections(steps: int, time_limit: str = "10", **slurm: Any) -> dict[str, Any]:
     """Return what the runs of this module share, by section of the recipe."""
+    slurm = {"nodes": 2, "gpus_per_node": 0, "preflight": False, "time": time_limit, **slurm}
     return {
         "run": {"steps": steps},
         "checkpoint": {"every_steps": 4, "keep_last": 50, "asynchronous": False},
         "schedule": {"name": "constant"},
         "evaluation": {"every_steps": 8},
         "telemetry": {"tensorboard": True},
-        "launch": {"processes": 2, "slurm": {"nodes": 2, "gpus_per_node": 0, "time": time_limit, **slurm}},
+        "launch": {
+            "processes": 2,
+            "slurm": {"nodes": 2, "gpus_per_node": 0, "preflight": False, "time": time_limit, **slurm},
+        },
     }
 
 

@@ -3,6 +3,7 @@
 #  - one run of ZeRO-2 and one in pipeline stages, killed 60 times each in every step of saving and at random moments: all
 #    that was committed loads, losses, weights and moments equal an undisturbed run's; 5 minutes
 #  - the same, restarted at other world sizes: every global batch equals the undisturbed run's
+#  - one of four ranks broken in 17 ways at random places: the summary names rank, host, phase and kind; 12 minutes
 #  - every layout, dtype and way to save, killed or stopped and resumed: the same bits as an undisturbed run's
 #  - every legal layout loads one logical state and writes the same; pairs of layouts take over from each other
 #  - every causal-LM family in two pipeline stages, and five families in every layout, against plain transformers:
@@ -17,6 +18,7 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 export PYTHONPATH=tests
 .venv/bin/python tests/distributed/kill_sweep.py --seed "$seed"
 .venv/bin/python tests/distributed/kill_data_sweep.py --seed "$seed"
+.venv/bin/python tests/distributed/fault_sweep.py --seed "$seed"
 .venv/bin/python tests/distributed/resume_matrix.py
 .venv/bin/python tests/distributed/reshape_sweep.py --seed "$seed"
 # Offload to NVMe reads and writes by libaio; the operation is compiled before ranks with time limits ask for it.

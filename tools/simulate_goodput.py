@@ -173,10 +173,11 @@ def costs_of(inputs: dict[str, Input]) -> Costs:
 
 def interval_steps(intervals_seconds: list[float], costs: Costs, step_seconds: float) -> list[int]:
     """Return the intervals to simulate in steps, the closed form's best one among them."""
-    wanted = list(intervals_seconds)
+    steps = {max(1, round(seconds / step_seconds)) for seconds in intervals_seconds}
     if math.isfinite(best := best_interval(costs, step_seconds)):
-        wanted.append(best)
-    return sorted({max(1, round(seconds / step_seconds)) for seconds in wanted})
+        # Rounded up: just below the time until a save is durable the next one would have to wait.
+        steps.add(math.ceil(best / step_seconds))
+    return sorted(steps)
 
 
 def simulate_many(

@@ -21,7 +21,7 @@ from forked_runs import Trainer
 
 STEP_PHASES = ("data", "forward", "backward", "optimizer", "log")
 SAVE_EVERY = 4
-WATCHDOG = {"grace_seconds": 3, "start_seconds": 120, "slow_seconds": 3, "report_seconds": 5}
+WATCHDOG = {"grace_seconds": 3, "start_seconds": 120, "slow_seconds": 3, "report_seconds": 5, "straggler_steps": 2}
 KINDS: list[tuple[str, tuple[str, ...], str]] = [
     # what happens, in which phases, class it must be given
     ("stop", STEP_PHASES, "stopped"),

@@ -9,7 +9,7 @@ import time
 def install() -> None:
     kind = os.environ["MEET"]
     if kind == "late" and os.environ["RANK"] == "1":
-        time.sleep(8)
+        time.sleep(5)
     if kind == "taken":
         os.environ["MASTER_PORT"] = os.environ["TAKEN_PORT"]
     if kind == "unknown-name":

@@ -94,7 +94,7 @@ def test_a_killed_build_is_built_again(root: Path) -> None:
 def test_a_builder_that_lives_is_waited_for(root: Path) -> None:
     """One of plain torch, which has no lock of ours, and one of ours: each builds once."""
     for builder in (load, load_safely):
-        (root / "slow").write_text("2")
+        (root / "slow").write_text("0.7")
         first = started(builder, root)
         wait_for(root / "ops" / NAME / "lock")
         second = started(load_safely, root)

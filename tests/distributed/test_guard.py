@@ -128,6 +128,7 @@ def test_a_spike_is_rewound_and_a_restart_goes_on_alike(trainer: Trainer, layout
     assert {entry["sample"] for entry in back["documents"]} == set(range(144, 152))
     assert "back to step 9, samples 72 to 151 are left out" in output
     assert (trainer.status(straight.stem)["rewinds"], trainer.status(straight.stem)["resumed_step"]) == (1, 0)
+    assert trainer.status(straight.stem)["goodput"]["lost_steps"] == 10
     for step in (9, 10, STEPS):
         assert which(trainer, straight.stem, step)["batch_hash"] == lines[step - 1]["batch_hash"]
 

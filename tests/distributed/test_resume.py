@@ -241,7 +241,10 @@ def test_a_killed_run_accounts_for_its_time(trainer: Trainer) -> None:
     times = [json.loads((run / "attempts" / name / "timing.json").read_text()) for name in ("0001", "0002")]
     # What rank 0 could no longer write of steps 11 and 12 was taken from metrics.jsonl before that was cut.
     assert [(one["resumed_step"], one["last_step"]) for one in times] == [(0, 12), (10, 20)]
-    assert [(one["outcome"], one["world_size"], one["nodes"]) for one in times] == [(None, 2, 1), ("finished", 2, 1)]
+    assert [(one["world_size"], one["nodes"]) for one in times] == [(2, 1), (2, 1)]
+    # "failed" where a supervisor outlived its rank for long enough to say why.
+    assert times[0]["outcome"] in (None, "failed")
+    assert times[1]["outcome"] == "finished"
     assert times[0]["restore_seconds"] == 0 < times[1]["restore_seconds"]
     assert began < times[0]["started_unix"] < times[0]["first_step_unix"] < times[0]["last_step_unix"] < killed
     assert times[0]["evaluation_seconds"] > times[0]["first_evaluation_seconds"] > 0

@@ -92,7 +92,7 @@ def test_a_shared_file_is_one_that_the_library_opens_and_a_resume_reads(trainer:
     content[-5000] ^= 1
     path.write_bytes(content)
     recipe = trainer.recipe("shared", checkpoint={"every_steps": EVERY, "files": "rank"})
-    trainer.check(trainer.train(recipe, world=1), recipe)
+    trainer.check(trainer.train(recipe, f"run.steps={STEPS + 4}", world=1), recipe)
     assert (
         "passing over damaged checkpoint step-00000020: node-00000.safetensors"
         in recipe.with_suffix(".out").read_text()

@@ -33,6 +33,9 @@ def test_the_summary_names_rank_host_phase_and_kind(trainer: Trainer, injection:
     for rank in (0, 1):
         if rank != injection.rank or injection.kind != "exit":
             assert "most recent call" in (reports / f"rank-{rank:05d}.stacks.txt").read_text()
+    if injection.step > 3:  # ranks were compared after step 2
+        line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        assert line.get("kind") == "evaluation" or line["slowest_rank_seconds"] >= line["median_rank_seconds"] > 0
     # Told once, and status.json says it where rank 0 had no words of its own.
     said = (trainer.directory / f"{name}.out").read_text()
     assert said.count(f"trainer: {found['class']}: ") == 1

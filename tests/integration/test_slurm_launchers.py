@@ -17,6 +17,7 @@ import tiny
 from test_slurm_cluster import make_plan, notes, output, submit
 
 pytestmark = pytest.mark.slurm
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
 STARTS = {
     "srun": [],
@@ -91,6 +92,7 @@ def losses(slurm_cluster, ssh, tmp_path_factory) -> dict[str, list[tuple[float, 
     return found
 
 
+@pytest.mark.timeout(600)  # five starts of four ranks that import torch, one after the other
 def test_every_start_computes_the_same_bits(losses):
     assert set(losses) == set(STARTS)
     assert len(losses["srun"]) == STEPS
@@ -164,3 +166,56 @@ def test_host_that_can_not_be_reached_is_named(slurm_cluster, ssh, tmp_path):
     assert done.returncode == 1
     assert "trainer: host node9: ssh failed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_environment_is_staged_on_every_node(slurm_cluster, tmp_path):
+    """Unpacked once a node, used by all ranks, and gone afterwards."""
+    environment = tmp_path / "environment"
+    (environment / "bin").mkdir(parents=True)
+    python = environment / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nSTAGED=$0 exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    archive = tmp_path / "my environment.tar"
+    subprocess.run([ROOT / "launch" / "stage.sh", archive, environment], check=True)
+    code = "import os, sys; open(sys.argv[1] + os.environ['SLURM_PROCID'], 'w').write(os.environ['STAGED'])"
+    command = (sys.executable, "-c", code, f"{tmp_path}/saw-")
+    # The nodes of this cluster share /tmp, but not /dev/shm.
+    plan = make_plan(tmp_path, "stop", stage=str(archive), stage_directory="/dev/shm", command=command)
+    job = submit(slurm_cluster, plan)
+    slurm_cluster.wait(job)
+    staged = {(tmp_path / f"saw-{rank}").read_text() for rank in range(4)}
+    assert len(staged) == 1, output(plan, job)
+    assert staged.pop().startswith("/dev/shm/trainer-")
+    for node in slurm_cluster.nodes:
+        left = slurm_cluster.run(["ls", "/dev/shm"], node=node).stdout
+        assert "trainer-" not in left
+
+
+MEET = """
+import os, sys, torch, torch.distributed as dist
+from trainer.core.environ import detect, export
+from trainer.engine.rendezvous import roll_call
+from trainer.launch.address import choose_interface, reachable
+ranks = reachable(detect(os.environ))
+choose_interface(ranks, os.environ)
+export(ranks, os.environ)
+store = roll_call(ranks, 60)
+dist.init_process_group("gloo", init_method="env://")
+total = torch.tensor([2.0 ** ranks.rank])
+dist.all_reduce(total)
+dist.barrier()
+sys.stdout.write(f"{ranks.rank} {ranks.master_address} {os.environ['GLOO_SOCKET_IFNAME']} {total.item():.0f}\\n")
+dist.destroy_process_group()
+"""
+DEBIAN_NAMES = (
+    'printf "127.0.0.1 localhost\\n127.0.1.1 $(hostname)\\n" > "$0-$(hostname)"'
+    ' && mount --bind "$0-$(hostname)" /etc/hosts && exec "$@"'
+)
+
+
+def test_hosts_that_know_only_their_own_name_and_as_loopback(slurm_cluster, tmp_path):
+    """As Debian writes /etc/hosts: gloo would listen on 127.0.1.1, and node2 can't resolve node1."""
+    spoil = ["unshare", "-m", "sh", "-c", DEBIAN_NAMES, str(tmp_path / "hosts")]
+    done = slurm_cluster.run(["srun", "-N2", "-n2", *spoil, sys.executable, "-c", MEET], timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["0 node1 eth0 3", "1 10.77.0.1 eth0 3"]

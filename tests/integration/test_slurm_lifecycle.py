@@ -10,7 +10,7 @@ import pytest
 from slurm_runs import SlurmRun, sections, undisturbed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 STEPS = 40
 """Of the run that meets signals."""
 LIMITED_STEPS = 12

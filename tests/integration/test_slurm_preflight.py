@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.preflight.data import write_tiny_shard
+from trainer.data.shards import ShardWriter
 
 pytestmark = pytest.mark.slurm
 ADDRESS = {"node1": "10.77.0.1", "node2": "10.77.0.2"}
@@ -19,7 +19,10 @@ ADDRESS = {"node1": "10.77.0.1", "node2": "10.77.0.2"}
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    write_tiny_shard(tmp_path / "shard", 2000, vocab_size=64, dtype="uint16", num_tokens=2000)
+    with ShardWriter(tmp_path / "shard", 64, end_of_document_id=0) as writer:
+        for number in range(40):
+            writer.add([1 + (number + i) % 63 for i in range(50)] + [0])
+        writer.commit()
     path = tmp_path / "recipe.yaml"
     # Generous where the machine is busy; a test that waits for a time limit says a smaller one.
     path.write_text(f"""
@@ -74,15 +77,22 @@ def test_good_nodes_and_a_slow_one(slurm_cluster, recipe: Path) -> None:
     assert found["launch"].startswith("slurm-")
 
 
-def test_run_directory_that_a_node_does_not_share(slurm_cluster, recipe: Path) -> None:
+def test_a_job_goes_on_without_the_node_that_does_not_share_the_directory(slurm_cluster, recipe: Path) -> None:
     run = recipe.parent / "run"
     run.mkdir()
+    submit = [sys.executable, "-m", "trainer", "submit", str(recipe), "model.dtype=float32", "--nodes", "2"]
     with on_node(slurm_cluster, "node2", ["mount", "-t", "tmpfs", "none", str(run)], ["umount", str(run)]):
-        done = check(slurm_cluster, recipe)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert f"{run} is not shared: node2 does not see what node1 wrote (tmpfs {run} on node2)" in done.stdout
-    assert failure(recipe)["suspect_hosts"] == ["node2"]
-    assert [path.name for path in run.iterdir()] == ["failure.json"]
+        done = slurm_cluster.run([*submit, "--gpus-per-node", "0"], cwd=recipe.parent)
+        assert done.returncode == 0, done.stderr
+        state = slurm_cluster.wait(done.stdout.split()[0], timeout=280)
+    log = "\n".join(path.read_text() for path in (run / "logs").glob("slurm-*.out"))
+    assert state == "COMPLETED", log
+    assert f"{run} is not shared: node2 does not see what node1 wrote (tmpfs {run} on node2)" in log
+    assert slurm_cluster.fields(done.stdout.split()[0])["Restarts"] == "1"
+    found = failure(recipe)
+    assert (found["class"], found["suspect_hosts"]) == ("disk", ["node2"])
+    assert "allocation of 2 ranks: ok" in log, "the second attempt, on the other nodes"
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
 
 def test_another_version_on_a_node(slurm_cluster, recipe: Path) -> None:
@@ -100,7 +110,9 @@ def test_nodes_without_a_route_between_them(slurm_cluster, recipe: Path) -> None
     route = ["ip", "route", "add", "blackhole", f"{ADDRESS['node1']}/32"]
     with on_node(slurm_cluster, "node2", route, ["ip", "route", "del", "blackhole", f"{ADDRESS['node1']}/32"]):
         done = check(slurm_cluster, recipe, "launch.preflight.seconds=20")
-    assert done.returncode == 1, done.stdout + done.stderr
+    # Not always 1: srun may have killed the far rank, whose code is then the highest.
+    assert done.returncode in (1, 143), done.stdout + done.stderr
     assert "rank 1 of 2 did not arrive: no word from node2" in done.stdout
+    assert "frame #" not in done.stderr, "torch's own words about the connection help nobody"
     found = failure(recipe)
     assert (found["class"], found["suspect_hosts"]) == ("rendezvous", ["node2"])

@@ -160,10 +160,12 @@ def test_array_drains_once_the_run_is_done(slurm_cluster, closed, recipe):
     slurm_cluster.run(["scontrol", "update", "partition=main", "state=up"])
     assert [slurm_cluster.wait(f"{array}_{task}") for task in (1, 2, 3)] == ["COMPLETED"] * 3
     for task in (1, 2, 3):
-        assert "is done" in (run_directory / "logs" / f"slurm-{array}_{task}.out").read_text()
+        assert "has finished: nothing to do" in (run_directory / "logs" / f"slurm-{array}_{task}.out").read_text()
     # Asked for again, a run that was done before goes on to its ranks, which know how many steps are wanted.
-    again = slurm_cluster.run([*TRAINER, "submit", *arguments[:1], arguments[3]], cwd=recipe.parent)
-    assert slurm_cluster.wait(again.stdout.strip()) == "FAILED", again.stderr
+    setup = "launch.slurm.setup=['srun() { echo x > runs/tiny/started; sleep 60; }']"
+    again = slurm_cluster.run([*TRAINER, "submit", "recipe.yaml", setup], cwd=recipe.parent)
+    assert again.returncode == 0, again.stderr
+    slurm_cluster.wait_for(run_directory / "started")
 
 
 def test_running_job_is_asked_to_save_or_ended_now(slurm_cluster, recipe):
@@ -207,7 +209,7 @@ def test_probe_writes_a_profile_that_submit_takes(slurm_cluster, recipe, tmp_pat
         "pmi2",
         "node1",
         str(recipe.parent),
-        "KillWait 5 sec",
+        "KillWait",
         "SLURM_JOB_END_TIME",
     ):
         assert fact in text

@@ -67,17 +67,19 @@ def test_two_nodes_train_are_killed_and_go_on(slurm_cluster, recipe: Path) -> No
     )
     submit += ["--profile", str(profile)]
 
-    def job(**environment: str) -> str:
-        done = slurm_cluster.run(submit, env={**SECRETS, **environment}, cwd=recipe.parent)
+    def job(*overrides: str, **environment: str) -> str:
+        done = slurm_cluster.run([*submit, *overrides], env={**SECRETS, **environment}, cwd=recipe.parent)
         assert done.returncode == 0, done.stderr
         return slurm_cluster.wait(done.stdout.split()[0], timeout=240)
 
     log = lambda: "\n".join(path.read_text()[-3000:] for path in (run / "logs").glob("slurm-*.out"))  # noqa: E731
-    assert job(TRAINER_ALLOW_FAULTS="1", TRAINER_FAULTS="train.step:3:13:kill") == "FAILED", log()
+    faults = {"TRAINER_ALLOW_FAULTS": "1", "TRAINER_FAULTS": "train.step:3:13:kill"}
+    assert job("launch.slurm.preflight=false", **faults) == "FAILED", log()
     assert len(list((run / "logs").glob("rank-*.log"))) == 4
     assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == ["step-00000005", "step-00000010"]
 
     assert job() == "COMPLETED", log()
+    assert "allocation of 4 ranks: ok" in log(), "two nodes are checked before they train"
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["step"], status["resumed_step"], status["restarts"]) == ("finished", STEPS, 10, 1)
     environment = json.loads((run / "environment.json").read_text())

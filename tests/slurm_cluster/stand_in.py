@@ -1,7 +1,8 @@
 """A rank that trains nothing: `stand_in.py RUN_DIR MODE`. It joins as `trainer train` would and ends as it would.
 
 MODE stop: exit 75 at once in the first attempt, finish in the next. MODE wait: the same, but only when told to stop.
-MODE stale: exit 75 without a word. Each rank notes in RUN_DIR what it saw.
+MODE stop-twice: stop in the first two attempts. MODE stale: exit 75 without a word. Each rank notes in RUN_DIR what it
+saw.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ def main() -> int:
     note.write_text(json.dumps(dataclasses.asdict(ranks)))
     if mode == "stale":
         return 75
-    if attempt > 0:
+    if attempt > (1 if mode == "stop-twice" else 0):
         _write_status(run_directory, ranks.rank, "finished", 0, None)
         return 0
     deadline = time.monotonic() + 60

@@ -45,8 +45,9 @@ def ranks(
         made.append(
             RankFacts(
                 rank=rank, host=host, local_rank=rank % 2, local_world_size=2, node_rank=rank // 2,
-                versions={"python": "3.11", "torch": "2.13.0"}, digests={"recipe": "r", "data": "d"}, cores=(0, 1, 2, 3),
-                gpu_count=2, gpu_free_bytes=79 * GIB, gpu_total_bytes=80 * GIB, node=facts if rank % 2 == 0 else None,
+                versions={"python": "3.11", "torch": "2.13.0"}, digests={"recipe": "r", "data": "d"},
+                cores=(0, 1, 2, 3), gpu_count=2, gpu_free_bytes=79 * GIB, gpu_total_bytes=80 * GIB,
+                node=facts if rank % 2 == 0 else None,
             )
         )  # fmt: skip
     made[3] = dataclasses.replace(made[3], **changes)
@@ -84,13 +85,16 @@ def test_recipe_and_environment_are_at_fault(changes: dict[str, Any], words: str
 @pytest.mark.parametrize(("changes", "words"), [
     ({"node": {"limits": {"open files": 256}}}, "limit of open files is 256, less than 600, on node2"),
     ({"node": {"temporary_error": "/tmp: No space left on device"}}, "No space left on device) on node2"),
-    ({"node": {"free_bytes": {"run": 900 * GIB, "shared_memory": 2**20, "temporary": 9 * GIB}}}, "/dev/shm has 1.00 MiB"),
+    ({"node": {"free_bytes": {"run": 900 * GIB, "shared_memory": 2**20, "temporary": 9 * GIB}}},
+     "/dev/shm has 1.00 MiB"),
     ({"node": {"data": {"a.bin": -1, "a.idx": 10}}}, "a.bin can't be read on node2"),
     ({"node": {"data": {"a.bin": 90, "a.idx": 10}}}, "a.bin has 90 bytes, 100 elsewhere, on node2"),
-    ({"node": {"models": {"org/model": "missing"}}}, "org/model is neither a directory nor in the Hub's cache on node2"),
+    ({"node": {"models": {"org/model": "missing"}}},
+     "org/model is neither a directory nor in the Hub's cache on node2"),
     ({"gpu_count": 1}, "fewer GPUs are seen (1) than ranks were started on node2"),
     ({"gpu_free_bytes": 60 * GIB}, "GPU 1 of node2 has 60.0 GiB of 80.0 GiB free"),
-    ({"node": {"gpus": (Gpu(index=5, name="H100", driver="570", uncorrected_errors=2),)}}, "GPU 5 of node2 had uncorrected"),
+    ({"node": {"gpus": (Gpu(index=5, name="H100", driver="570", uncorrected_errors=2),)}},
+     "GPU 5 of node2 had uncorrected"),
     ({"node": {"gpus": (Gpu(index=5, name="H100", driver="570", slowed=True),)}}, "GPU 5 of node2 is slowed down"),
 ])  # fmt: skip
 def test_a_node_is_at_fault(changes: dict[str, Any], words: str) -> None:

@@ -215,3 +215,16 @@ def test_reports_are_read_as_written_and_damage_is_passed_over(tmp_path: Path) -
     del sound["phase"]
     report_path(tmp_path, 20).write_text(json.dumps(sound))
     assert read_reports(tmp_path, "one") == [given]
+
+
+def test_corruption_is_the_host_that_the_others_outvote() -> None:
+    message = "step 8: rank 2 on node2 differs from the others in model.embed (...): start again without that host"
+    told = [
+        raised(rank, "CorruptionError", message, phase="save", blamed_ranks=("2",), blamed_hosts=("node2",))
+        for rank in range(4)
+    ]
+    found = cause(*told)
+    assert (found.failure_class, found.rank, found.host, found.suspect_hosts) == ("corruption", 2, "node2", ("node2",))
+    assert found.cause.startswith("in save of step 12: step 8: rank 2 on node2 differs")
+    undecided = cause(raised(0, "CorruptionError", message, blamed_ranks=("1", "2")))
+    assert (undecided.rank, undecided.suspect_hosts) == (1, ())

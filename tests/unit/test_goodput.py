@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -45,8 +45,12 @@ def test_a_run_that_lost_thirteen_steps() -> None:
     first, second = divide(killed_once())
     assert (first.counted_steps, first.lost_steps, second.counted_steps, second.lost_steps) == (20, 13, 30, 0)
     assert (first.productive_seconds, first.redone_seconds) == (40.0, 26.0)
-    assert (first.allocated_seconds, first.startup_seconds, first.evaluation_seconds) == (120.0, 40.0, 3.0)
-    assert (first.save_seconds, first.other_seconds) == (1.5, 120 - 40 - 26 - 3 - 1.5 - 40)
+    assert (first.allocated_seconds, first.startup_seconds, first.evaluation_seconds) == (
+        120.0,
+        37.0,
+        3.0,
+    )  # evaluated before the first step
+    assert (first.save_seconds, first.other_seconds) == (1.5, 120 - 40 - 26 - 3 - 1.5 - 37)
     assert (second.waiting_seconds, second.allocated_seconds) == (80.0, 110.0)
     assert (second.productive_seconds, second.restore_seconds, second.startup_seconds) == (60.0, 12.0, 28.0)
     found = goodput(killed_once())
@@ -54,7 +58,7 @@ def test_a_run_that_lost_thirteen_steps() -> None:
     assert found.fraction == pytest.approx(100 / 230)
     assert (found.restarts, found.steps, found.lost_steps, found.waiting_seconds) == (1, 50, 13, 80.0)
     assert found.rank_hours == pytest.approx(230 * 4 / 3600)
-    assert split_text(found.fractions).startswith("43.5% (start-up 29.6%, redone 11.3%, other ")
+    assert split_text(found.fractions).startswith("43.5% (start-up 28.3%, redone 11.3%, other ")
 
 
 def test_attempts_weigh_as_much_as_they_have_ranks() -> None:
@@ -79,7 +83,7 @@ def test_time_between_two_starts_of_one_allocation_is_allocated() -> None:
 def test_a_hang_is_other_time() -> None:
     first, second = killed_once()
     first.updated_unix = first.ended_unix = 1190.0  # its thread went on writing until the watchdog came
-    assert divide([first, second])[0].other_seconds == pytest.approx(9.5 + 70)
+    assert divide([first, second])[0].other_seconds == pytest.approx(12.5 + 70)
 
 
 def test_a_second_restart_may_go_back_further_than_the_first() -> None:
@@ -122,12 +126,14 @@ def test_a_long_attempt_keeps_few_marks_and_still_knows_its_steps() -> None:
     assert len(json.dumps(times.to_json())) < 8000
     for step in (0, 1, 777, 50_000, 99_999, 100_000):
         exact = min(step, 50_000) + 3.0 * max(0, step - 50_000)
-        assert times.seconds_through(step) == pytest.approx(exact, rel=1e-6, abs=1e-6)
+        near_change = 2.0 * times.mark_every if step == 50_000 else 1e-6  # between marks steps count as equally long
+        assert times.seconds_through(step) == pytest.approx(exact, rel=1e-9, abs=near_change)
 
 
 numbers = st.floats(0, 1e6) | st.floats() | st.integers(-5, 10**7)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.dictionaries(st.sampled_from([*AttemptTimes.__dataclass_fields__, "version"]), numbers), max_size=4))
 def test_parts_add_up_whatever_the_files_say(given_files: list[dict[str, Any]]) -> None:
     files = [{"version": 1, "attempt": n, "resumed_step": 0} | given for n, given in enumerate(given_files, 1)]
@@ -143,8 +149,9 @@ def test_parts_add_up_whatever_the_files_say(given_files: list[dict[str, Any]]) 
         assert 0 <= found.fraction <= 1 + 1e-9
 
 
+@settings(max_examples=50, deadline=None)
 @given(
-    st.lists(st.tuples(st.floats(0, 50), st.integers(0, 40), st.integers(0, 40), st.floats(0, 20)), max_size=5),
+    st.lists(st.tuples(st.floats(0, 50), st.integers(0, 40), st.integers(1, 40), st.floats(0, 20)), max_size=5),
 )
 def test_of_a_sound_run_every_step_counts_once(starts: list[tuple[float, int, int, float]]) -> None:
     attempts, now, newest = [], 1000.0, 0
@@ -213,7 +220,8 @@ def test_others_say_how_a_killed_attempt_ended(run: Path) -> None:
     (times,) = read_attempts(run)
     assert (times.end_unix, times.outcome, times.reason) == (1150.0, "failed", "rank 3 on node2 hangs in forward")
     (run / "failure.json").write_text(json.dumps(failure | {"time_unix": 900.0}))  # of an older failure
-    assert read_attempts(run)[0].end_unix > 1e9
+    (times,) = read_attempts(run)
+    assert (times.end_unix, times.reason) == (1120.0, "the ranks ended without a word")  # said 50 years later
     second.outcome, second.ended_unix = None, None
     (run / "status.json").unlink()
     write_times(run, second)

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.core.environ import RankEnvironment, detect, export, gloo_interface
+from trainer.core.environ import (
+    RankEnvironment,
+    derive_threads,
+    detect,
+    export,
+    gloo_interface,
+    host_of_rank,
+    threads_are_derived,
+)
 from trainer.core.errors import RefusedError
 
 pytestmark = pytest.mark.fast
@@ -74,6 +82,16 @@ OPENMPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "OMPI_COMM_WORLD_NODE_RANK": "1",
 }
+# Slurm 22.05 adds these to a task of srun --mpi=pmix and --mpi=pmi2.
+SRUN_PMIX = {
+    **SLURM_TASK,
+    "PMIX_RANK": "3",
+    "PMIX_NAMESPACE": "slurm.pmix.1.0",
+    "PMIX_SERVER_URI41": "pmix-server.1;tcp4://x",
+}
+SRUN_PMI2 = {**SLURM_TASK, "PMI_FD": "11", "PMI_RANK": "3", "PMI_SIZE": "4", "PMI_JOBID": "1.0"}
+# mpirun in sbatch starts its daemons by srun: the rank sees the task of the daemon.
+OPENMPI_IN_SBATCH = {**SLURM_TASK, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "PMIX_RANK": "1", "OMPI_COMMAND": "x"}
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 
 
@@ -104,6 +122,9 @@ def slurm_port(job: int, step: int = 0) -> int:
         # srun --mpi=pmi2 sets PMI_RANK as well, and needs no MPI
         ({**SLURM_TASK, "PMI_RANK": "3", "PMI_SIZE": "4"},
          RankEnvironment(3, 4, 1, 2, 1, "node1", slurm_port(1), "slurm")),
+        (SRUN_PMIX, RankEnvironment(3, 4, 1, 2, 1, "node1", slurm_port(1), "slurm")),
+        (SRUN_PMI2, RankEnvironment(3, 4, 1, 2, 1, "node1", slurm_port(1), "slurm")),
+        ({**OPENMPI_IN_SBATCH, **OPENMPI}, RankEnvironment(1, 2, 1, 2, 0, "", 0, "openmpi")),
         ({**SLURM_TASK, "MASTER_PORT": "4000", "MASTER_ADDR": "10.0.0.1"},
          RankEnvironment(3, 4, 1, 2, 1, "10.0.0.1", 4000, "slurm")),
         ({**OPENMPI, "MASTER_ADDR": "head", "MASTER_PORT": "4000"},
@@ -189,7 +210,7 @@ def test_export_round_trip(data):
     rank = data.draw(st.integers(0, world - 1))
     local_world = data.draw(st.integers(1, world))
     local = data.draw(st.integers(0, local_world - 1))
-    launcher = data.draw(st.sampled_from(["local", "torchrun", "deepspeed", "environment", "slurm", "openmpi"]))
+    launcher = data.draw(st.sampled_from(["local", "ssh", "torchrun", "deepspeed", "environment", "slurm", "openmpi"]))
     ranks = RankEnvironment(rank, world, local, local_world, data.draw(st.integers(0, 63)), "host", 20_000, launcher)
     environment: dict[str, str] = {}
     export(ranks, environment)
@@ -202,6 +223,32 @@ def test_export_keeps_the_users_threads():
     environment = {"OMP_NUM_THREADS": "3"}
     export(RankEnvironment(0, 1, 0, 1, 0, "127.0.0.1", 20_000, "local"), environment)
     assert environment["OMP_NUM_THREADS"] == "3"
+
+
+def test_derived_threads_are_told_from_the_users():
+    derived: dict[str, str] = {}
+    derive_threads(derived, 1)
+    derive_threads(derived, 1000)
+    assert threads_are_derived(derived)
+    assert int(derived["OMP_NUM_THREADS"]) >= 1
+    given = {"OMP_NUM_THREADS": "3"}
+    derive_threads(given, 1)
+    assert not threads_are_derived(given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "hosts"),
+    [
+        ({}, ["node1", "node1", "node2", "node2", None]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1,3"}, ["node1", "node2", "node2", "node2", None]),
+        ({"SLURM_DISTRIBUTION": "cyclic"}, [None] * 5),
+        ({"TRAINER_LAUNCHER": "torchrun"}, [None] * 5),
+        ({"SLURM_STEP_NODELIST": "node["}, [None] * 5),
+    ],
+)
+def test_host_of_another_rank(changes, hosts):
+    environment = {**SLURM_TASK, "TRAINER_LAUNCHER": "slurm", **changes}
+    assert [host_of_rank(environment, rank) for rank in range(5)] == hosts
 
 
 def test_orphan_kills_itself_at_the_start():

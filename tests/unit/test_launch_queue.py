@@ -125,6 +125,17 @@ def test_controller_that_does_not_answer_is_asked_once(slurm, monkeypatch, tmp_p
         cancel(tmp_path, now=True, whole_sweep=False, say=print)
 
 
+def test_controller_that_is_away_is_not_a_forgotten_job(slurm):
+    """As 22.05 answers then: --json with exit code 0, no jobs and an error of no meaning."""
+    error = {"error_number": -1, "error": "Unspecified error", "source": "slurm_load_jobs"}
+    said = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+    slurm("squeue", json_answer=json.dumps({"errors": [error], "jobs": []}), code=1, error=said)
+    found = ask_queue(["7"])
+    assert found.jobs == ()
+    assert "Unable to contact slurm controller" in (found.note or "")
+    assert [call.split()[0] for call in slurm.calls()] == ["squeue", "squeue"]
+
+
 def test_job_of_another_user_is_left_alone(slurm, tmp_path):
     slurm("squeue", json_answer=json.dumps({"jobs": [{**OLD, "user_name": "somebody-else"}]}))
     slurm("scancel")

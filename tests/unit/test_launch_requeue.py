@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from trainer.core.done_file import write_done
+from trainer.core.failure_file import reports_directory
 from trainer.core.status_file import write_status
 from trainer.launch import job_end, requeue, restart_record
 from trainer.launch.attempt_facts import JobPlace, own_status
@@ -19,6 +20,7 @@ from trainer.launch.decision import Decision, Facts, decide
 from trainer.launch.job_end import JobEnd
 from trainer.launch.restart_record import Attempt
 from trainer.launch.slurm_commands import JobFacts, Node, SlurmCommandError, SlurmRefusedError
+from trainer.resilience.rank_report import RankReport, write_report
 
 pytestmark = pytest.mark.fast
 PLACE = JobPlace(job="17", restart=1, nodes="node[1-2]")
@@ -190,23 +192,34 @@ def settle(run: Path, code: int, place: JobPlace = PLACE, maximum: int = 2) -> t
     return end.settle(code), said
 
 
-def failure(run: Path, *hosts: str, launch: str = "slurm-17-1-0") -> None:
-    content = {"version": 1, "launch": launch, "cause": "node2 is gone", "suspect_hosts": hosts, "retryable": True}
-    (run / "failure.json").write_text(json.dumps(content))
+def failure(run: Path, host: str, launch: str = "slurm-17-1-0") -> None:
+    """Leave the report of a rank that has run into a broken GPU of ``host``."""
+    directory = reports_directory(run, launch)
+    directory.mkdir(parents=True)
+    write_report(
+        directory,
+        RankReport(
+            rank=2, world_size=4, node_rank=1, host=host, launch=launch, event="raised", time_unix=time.time(),
+            phase="forward", step=12, exception_type="RuntimeError", exception_unix=time.time(),
+            exception_message="CUDA error: uncorrectable ECC error encountered",
+        ),
+    )  # fmt: skip
 
 
 def test_failed_attempt_is_noted_requeued_and_its_node_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slurm = Slurm(monkeypatch, excluded="node9")
-    failure(tmp_path, "node2.cluster.local", "login")
+    failure(tmp_path, "node2.cluster.local")
     code, said = settle(tmp_path, 137)
     assert code == 1
     assert slurm.requeued == ["17"]
-    assert slurm.excluded == ["node9", "node2"], "with what the user excludes; hosts outside of the job don't count"
-    assert said == ["left out of the next attempt: node2", "job 17 requeued after a failure: node2 is gone"]
+    assert slurm.excluded == ["node9", "node2"], "with what the user excludes"
+    assert said[0] == "left out of the next attempt: node2"
+    assert said[1].startswith("job 17 requeued after a failure: rank 2 on node2")
     entry = restart_record.read(tmp_path)[-1]
-    assert (entry.job, entry.restart, entry.decision, entry.reason) == ("17", 1, "retry", "node2 is gone")
+    assert (entry.job, entry.restart, entry.decision) == ("17", 1, "retry")
+    assert "uncorrectable ECC" in entry.reason
 
 
 def test_exclusions_are_capped_expire_and_leave_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

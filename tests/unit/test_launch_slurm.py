@@ -99,6 +99,11 @@ VARIANTS = {
         run_directory=Path("/home/me/runs/pretrain"),
     ),
     "array": dataclasses.replace(PLAN, array="1-5%1"),
+    "preflight": dataclasses.replace(
+        PLAN,
+        starter="torchrun",
+        node_check=("/usr/bin/python3", "-m", "trainer", "check", "/home/me/my recipe.yaml", "--on-node"),
+    ),
     "sweep": dataclasses.replace(
         PLAN,
         array="1-12%4",
@@ -184,6 +189,13 @@ def test_secret_is_refused_without_repeating_it(changes):
         render(dataclasses.replace(PLAN, **changes))
     for secret in ("hf_abc", "0123456789abcdef", "aaaaaaaa", "pass@", "abcdefghijkl"):
         assert secret not in str(error.value)
+
+
+def test_secret_on_the_command_line_is_refused():
+    command = ("python3", "-m", "trainer", "train", "recipe.yaml", "telemetry.api_key=0123456789abcdef")
+    with pytest.raises(RefusedError, match=r"telemetry\.api_key=<redacted>") as error:
+        render(dataclasses.replace(PLAN, command=command))
+    assert "0123456789abcdef" not in str(error.value)
 
 
 @pytest.mark.parametrize("line", ['export HF_TOKEN="$(cat ~/.token)"', "export HF_TOKEN=$TOKEN", "source ~/.secrets"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented there
 
-from trainer.core.environ import RankEnvironment
+from trainer.core.environ import RankEnvironment, uses_agent_store
 
 _POLL_SECONDS = 0.05
 _MOST_EXCHANGES = 32
@@ -37,14 +38,17 @@ class MissingRanks(Exception):
 
 
 class Board:
-    """One rank's connection. Raises OSError or RuntimeError where rank 0 can't be reached in ``arrival_seconds``."""
+    """One rank's connection. Raises OSError or RuntimeError where rank 0 can't be reached."""
 
     def __init__(self, place: RankEnvironment, arrival_seconds: float, total_seconds: float) -> None:
         self._place = place
         self._arrival_seconds = arrival_seconds
         self._deadline = time.monotonic() + total_seconds
         self._number = 0
-        serves = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        serves = place.rank == 0 and not uses_agent_store(os.environ)
+        if not serves:
+            # Longer than rank 0 waits: it must say who is missing before a launcher ends it because of us.
+            _knock(place.master_address, place.master_port, total_seconds)
         self._store = self._connect(serves)
 
     def _connect(self, serves: bool = False) -> TCPStore:
@@ -116,3 +120,16 @@ class Board:
     @staticmethod
     def _key(name: int | str) -> str:
         return f"trainer-preflight/{name}"
+
+
+def _knock(host: str, port: int, seconds: float) -> None:
+    """Return when the port opens. Raises OSError; torch would print a page a try."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())):
+                return
+        except OSError:
+            if time.monotonic() > deadline - 0.5:
+                raise
+        time.sleep(0.2)

@@ -112,7 +112,7 @@ def _data(nodes: Mapping[str, NodeFacts]) -> Check:
         if lacking:
             findings.append(_finding(lacking, hosts, f"{path} can't be read", "mount or copy the data there"))
         found = {host: size for host, size in sizes.items() if size >= 0}
-        common = max(set(found.values()), key=list(found.values()).count, default=-1)
+        common = max(found.values(), key=list(found.values()).count, default=-1)
         others = [host for host, size in found.items() if size != common]
         if others:
             text = f"{path} has {found[others[0]]} bytes, {common} elsewhere,"

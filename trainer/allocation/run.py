@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import threading
@@ -24,9 +23,10 @@ from trainer.allocation.reach import Door, unreachable
 from trainer.allocation.report import failure_fields, report
 from trainer.config.launch import PreflightConfig
 from trainer.config.run import Recipe
-from trainer.core.durable import replace_text
 from trainer.core.environ import RankEnvironment, host_of_rank
 from trainer.core.errors import EXIT_FAILURE, TrainerError
+from trainer.core.failure_file import launch_name, write_failure
+from trainer.core.private import make_run_directory
 
 _CONNECT_SECONDS = 5.0
 _BUILD_SECONDS = 1200.0
@@ -138,9 +138,10 @@ class _Rank:
         say(report(f"allocation of {self.place.world_size} ranks", checks, time.monotonic() - self.began))
         recipe = self.candidate.recipe
         if code == EXIT_FAILURE and recipe is not None:
-            fields = failure_fields(checks, _launch(self.environment), self.host, time.time())
+            launch = launch_name(self.place, self.environment)
             with contextlib.suppress(OSError):  # it has been said
-                replace_text(Path(recipe.run.directory) / "failure.json", json.dumps(fields, indent=2) + "\n")
+                make_run_directory(Path(recipe.run.directory), recipe.run.group_access)
+            write_failure(Path(recipe.run.directory), failure_fields(checks, launch, self.host, time.time()))
         return code
 
     def _unconnected(self, error: Exception, say: Callable[[str], None]) -> int:
@@ -198,13 +199,3 @@ def _attempt(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
-
-
-def _launch(environment: Mapping[str, str]) -> str:
-    """Return a name for this launch: the SLURM job, its restart and step, or this process."""
-    words = [environment.get(f"SLURM_{name}", "") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID")]
-    return (
-        "slurm-" + "-".join([words[0], words[1] or "0", words[2]])
-        if words[0]
-        else f"{socket.gethostname()}-{os.getpid()}"
-    )

@@ -36,10 +36,11 @@ def train(
         from trainer.launch.mpirun import discover
 
         environment = discover(environment)
-    elif environment.launcher == "slurm":
-        from trainer.launch.address import reachable
+    if environment.world_size > environment.local_world_size:
+        from trainer.launch.address import choose_interface, reachable
 
         environment = reachable(environment)
+        choose_interface(environment, os.environ)
     environ.export(environment, os.environ)
 
     from trainer.core.errors import TrainerError

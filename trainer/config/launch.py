@@ -74,6 +74,11 @@ class SlurmConfig(Section):
     online: bool = False
     """Whether the nodes may ask the Hugging Face Hub; else what the recipe names there must lie in the cache
     (``trainer fetch``)."""
+    stage: str | None = None
+    """Archive (tar) of an environment with bin/python, e.g. from launch/stage.sh: each node unpacks it once, and ranks
+    start from there. For jobs of many ranks, whose imports a shared file system would feel."""
+    stage_directory: str = "/tmp"
+    """Where nodes unpack ``stage``: a directory of their own, on disk or in memory (/dev/shm)."""
     environment: dict[str, str | int] = Field(default_factory=dict[str, str | int])
     """Environment variables of the ranks, taken word for word. No secrets: read those from a file in ``setup``."""
     network_interface: str | None = None

@@ -1,8 +1,8 @@
 """One log file per rank that catches everything the process prints, C++ libraries and subprocesses included.
 
 ``RUN/logs/rank-00000.log`` is appended to across restarts, and put aside as ``rank-00000.log.1`` when it grows too
-large. The real console stays reachable through the streams of :class:`RankLog`, so that a person sees only what is meant
-for them.
+large. The real console stays reachable through the streams of :class:`RankLog`, so that a person sees only what is
+meant for them.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class RankLog:
 def open_rank_log(run_directory: Path, rank: int, limit_bytes: int | None = None) -> RankLog:
     """Send everything this process prints to RUN/logs/rank-<rank>.log from now on. Raises OSError.
 
-    ``limit_bytes`` bounds the log and the part of it that is put aside. Call it before torch and DeepSpeed are imported:
-    they give streams to their loggers when they load.
+    ``limit_bytes`` bounds the log and the part of it that is put aside. Call it before torch and DeepSpeed are
+    imported: they give streams to their loggers when they load.
     """
     log = RankLog(rank_log_path(run_directory, rank), rank)
     log.first_path = rank_log_path(run_directory, 0)

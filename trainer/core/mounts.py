@@ -11,7 +11,7 @@ _SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse", "smb", "cifs", "9p
 
 def mount_of(path: Path, table: Path = Path("/proc/self/mountinfo")) -> str:
     """Return "TYPE MOUNT-POINT" of the file system that holds ``path`` or will; empty where the system doesn't tell."""
-    real = os.path.realpath(existing(path))
+    real = os.path.realpath(path)
     found, longest = "", -1
     try:
         lines = table.read_text(errors="replace").splitlines()

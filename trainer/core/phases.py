@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -23,6 +24,7 @@ STEP_PHASES: frozenset[Phase] = frozenset({"data", "forward", "backward", "optim
 """Those whose time is known from the steps before."""
 
 _RECENT_STEPS = 16
+_MOST_BLAMED = 16
 _SLOWER = 3.0
 """A save or evaluation may take so many times as long as the longest so far."""
 
@@ -78,6 +80,10 @@ class Raised:
     message: str
     traceback: str
     time_unix: float
+    blamed_ranks: tuple[int, ...]
+    """Those that the exception says are at fault; empty: the one that raised it."""
+    blamed_hosts: tuple[str, ...]
+    """Hosts that it says are not to be trusted."""
     told: bool
     """Whether the rank tells the user by itself, in words that are meant for him."""
 
@@ -114,7 +120,7 @@ class Board:
         self._progress = _Section("dIqid192s", 0)
         self._collective = _Section("d48s64sQQ?", self._progress.end)
         self._reading = _Section("d256s", self._collective.end)
-        self._raised = _Section("d128s2048s6144s?", self._reading.end)
+        self._raised = _Section("d128s2048s6144s512s512s?", self._reading.end)
         self._tick = _Section("d?", self._raised.end)
         self._start_seconds, self._slow_seconds = start_seconds, slow_seconds
         self._longest: dict[Phase, float] = {}
@@ -189,12 +195,23 @@ class Board:
         """Note that it has been."""
         self._reading.write(self._memory, time.monotonic(), b"")
 
-    def note_exception(self, error: BaseException, traceback: str, *, told: bool) -> None:
+    def note_exception(
+        self,
+        error: BaseException,
+        traceback: str,
+        *,
+        told: bool,
+        blamed_ranks: Sequence[int] = (),
+        blamed_hosts: Sequence[str] = (),
+    ) -> None:
         """Note what ends this rank. The first one counts: later ones are its consequences."""
         if self._raised.read(self._memory) is not None:
             return
         name, text = type(error).__name__.encode()[:128], str(error).encode(errors="replace")[:2048]
-        self._raised.write(self._memory, time.time(), name, text, traceback.encode(errors="replace")[-6144:], told)
+        ranks = ",".join(map(str, blamed_ranks[:_MOST_BLAMED])).encode()
+        hosts = ",".join(blamed_hosts[:_MOST_BLAMED]).encode()[:512]
+        trace = traceback.encode(errors="replace")[-6144:]
+        self._raised.write(self._memory, time.time(), name, text, trace, ranks, hosts, told)
 
     def snapshot(self) -> Snapshot:
         """Return what was last written; to be called by the reader."""
@@ -213,9 +230,7 @@ class Board:
             detail=_text(detail),
             reading=_text(reading[1]) if reading else "",
             collective=Collective(_text(collective[1]), _text(collective[2]), *collective[3:]) if collective else None,
-            raised=Raised(_text(raised[1]), _text(raised[2]), _text(raised[3]), raised[0], raised[4])
-            if raised
-            else None,
+            raised=_raised(*raised) if raised else None,
             changed_at=changed_at,
             allowed_seconds=allowed,
             ticked_at=tick[0],
@@ -249,6 +264,14 @@ class Board:
 
     def _beat_once(self) -> None:
         self._tick.write(self._memory, time.monotonic(), self._started)
+
+
+def _raised(
+    at: float, name: bytes, text: bytes, trace: bytes, ranks: bytes, hosts: bytes, told: bool
+) -> Raised:  # fmt: skip
+    blamed = tuple(int(rank) for rank in _text(ranks).split(",") if rank)
+    suspects = tuple(host for host in _text(hosts).split(",") if host)
+    return Raised(_text(name), _text(text), _text(trace), at, blamed, suspects, told)
 
 
 def _text(content: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from trainer.checkpoint.layout import step_directories
+from trainer.core.hostlist import expand_hostlist, expand_tasks_per_node
 from trainer.core.run_lock import holder
 from trainer.core.status_file import read_status, write_status
 
@@ -23,6 +25,8 @@ class JobPlace:
     job: str
     restart: int
     nodes: str
+    """Host list."""
+    tasks_per_node: str = ""
 
     @classmethod
     def here(cls, environment: Mapping[str, str]) -> JobPlace:
@@ -32,7 +36,22 @@ class JobPlace:
             job=environment.get("SLURM_JOB_ID", ""),
             restart=int(restarts) if restarts.isdecimal() else 0,
             nodes=environment.get("SLURM_JOB_NODELIST", ""),
+            tasks_per_node=environment.get("SLURM_TASKS_PER_NODE", ""),
         )
+
+    def hosts(self) -> list[str]:
+        """Return the nodes of the job."""
+        with contextlib.suppress(ValueError):
+            return expand_hostlist(self.nodes) if self.nodes else []
+        return []
+
+    def hosts_of_ranks(self) -> dict[int, str]:
+        """Return the node of each rank; empty where it can't be told."""
+        try:
+            counts = expand_tasks_per_node(self.tasks_per_node)
+        except ValueError:
+            return {}
+        return dict(enumerate(host for host, n in zip(self.hosts(), counts, strict=False) for _ in range(n)))
 
 
 def own_status(run_directory: Path, place: JobPlace, since_unix: float) -> dict[str, Any] | None:

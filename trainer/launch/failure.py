@@ -89,16 +89,26 @@ def to_json(failure: Failure, launch: str, reports: list[RankReport]) -> dict[st
 def tell_once(run_directory: Path, fields: Mapping[str, Any], *, told: bool) -> None:
     """Say cause and fix on stderr, if no other supervisor of the launch has. ``told``: the rank itself has."""
     directory = reports_directory(run_directory, str(fields["launch"]))
-    try:
-        os.close(os.open(directory / _TOLD, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, file_mode()))
-    except FileExistsError:
+    if not is_first(directory, _TOLD):
         return
-    except OSError:
-        pass  # where nothing can be written, telling twice is better than not at all
-    cause = [] if told else [f"trainer: {fields['cause']}"]
-    lines = [*cause, f"trainer: {fields['class']}: {fields['fix']}", f"trainer: what each rank did: {directory}"]
+    lines = [f"trainer: what each rank did: {directory}"]
+    if not (told and fields["class"] == "exception"):  # then the message that is there already says what to do
+        lines.insert(0, f"trainer: {fields['class']}: {fields['fix']}")
+    if not told:
+        lines.insert(0, f"trainer: {fields['cause']}")
     with contextlib.suppress(OSError, ValueError):
         print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def is_first(directory: Path, name: str) -> bool:
+    """Return whether no other process of the launch has asked the same; True where nothing can be written."""
+    try:
+        os.close(os.open(directory / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, file_mode()))
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def note_in_status(run_directory: Path, exit_code: int, reason: str, *, began: bool, replaces_reason: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,11 +60,11 @@ def _refuse_two_revisions(repositories: list[Wanted]) -> None:
 
 def _fetch_one(repository: Wanted, revision: str | None, say: Callable[[str], None]) -> str:
     """Download one repository and return its commit."""
-    from huggingface_hub import HfApi, snapshot_download
+    hub: Any = importlib.import_module("huggingface_hub")  # slow to load, and typed in part only
 
     name = repository.repository
     with _explained(repository):
-        info: Any = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_TIMEOUT_SECONDS)
+        info: Any = hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_TIMEOUT_SECONDS)
         sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
         files = repository.files(sizes)
         if "*.safetensors" in repository.patterns and not any(file.endswith(".safetensors") for file in files):
@@ -71,7 +72,7 @@ def _fetch_one(repository: Wanted, revision: str | None, say: Callable[[str], No
             raise RefusedError(Problem(repository.key, name, rule, "choose a revision that has them"))
         total = format_bytes(sum(sizes[file] for file in files))
         say(f"{name} at {info.sha[:12]}: {len(files)} files, {total}")
-        snapshot_download(name, revision=info.sha, allow_patterns=files)
+        hub.snapshot_download(name, revision=info.sha, allow_patterns=files)
     return str(info.sha)
 
 

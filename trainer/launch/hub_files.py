@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from trainer.config.lock import is_hub_id
 from trainer.config.run import Recipe
@@ -56,14 +58,14 @@ def not_cached(recipe: Recipe) -> list[Problem]:
 
 
 def _not_cached(repositories: Sequence[Wanted]) -> Iterator[Problem]:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    hub: Any = importlib.import_module("huggingface_hub")  # slow to load, and typed in part only
     fix = "run trainer fetch RECIPE where there is internet, or set launch.slurm.online: true"
     for repository in repositories:
         try:
             # Newer releases know the list of all files, and refuse a snapshot that lacks some of what is asked for.
-            found = snapshot_download(
+            found = hub.snapshot_download(
                 repository.repository, revision=repository.revision, local_files_only=True,
                 allow_patterns=list(repository.patterns), ignore_patterns=["*/*"],
             )  # fmt: skip

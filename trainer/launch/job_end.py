@@ -11,12 +11,13 @@ from typing import Any, cast
 
 from trainer.core.done_file import read_done
 from trainer.core.errors import EXIT_DO_NOT_RESTART, EXIT_OK
+from trainer.core.failure_file import read_failure
 from trainer.core.hostlist import expand_hostlist
 from trainer.launch import excluded_nodes, restart_record
 from trainer.launch.attempt_facts import JobPlace, newest_step, own_status, say_failed
 from trainer.launch.controller import Patience
 from trainer.launch.decision import Decision, Facts, decide
-from trainer.launch.failures import failure_of
+from trainer.launch.failure import newest_launch, summarise_launch
 from trainer.launch.restart_record import Attempt
 from trainer.launch.slurm_commands import (
     JobFacts,
@@ -26,7 +27,10 @@ from trainer.launch.slurm_commands import (
     nodes_of,
     requeue_job,
     show_job,
-)  # fmt: skip
+)
+from trainer.telemetry.run_report import collect_report, describe_report
+
+_CLOCK_SLACK_SECONDS = 5.0
 
 
 class JobEnd:
@@ -56,7 +60,7 @@ class JobEnd:
             job=self.place.job, restart=self.place.restart, nodes=self.place.nodes, started_unix=time.time()
         )
         status = own_status(self.run_directory, self.place, attempt.started_unix)
-        failure = failure_of(self.run_directory, self.place, attempt.started_unix)
+        failure = self._failure(attempt.started_unix)
         facts = self._facts(code, attempts, status, failure)
         decision, job, lost = decide(facts), None, list[Node]()
         if decision.restart:  # else SLURM need not be asked
@@ -86,13 +90,33 @@ class JobEnd:
         if job is not None and (decision.restart or facts.back_already):
             self._leave_out_nodes(job)
         self._tell(decision)
+        if decision.name in ("done", "stop"):
+            self._report()
         return decision.exit_code
+
+    def _failure(self, since_unix: float) -> dict[str, Any]:
+        """Return what the ranks' supervisors say of this attempt; now, when the reports of all that live are there."""
+        since = since_unix - _CLOCK_SLACK_SECONDS
+        launch = newest_launch(self.run_directory, since)
+        if launch is not None and self._is_own(launch):
+            with contextlib.suppress(OSError):
+                found = summarise_launch(self.run_directory, launch, self.place.hosts_of_ranks())
+                if found is not None:
+                    return found
+        written = read_failure(self.run_directory) or {}  # by the check of the nodes, for one
+        at = written.get("time_unix")
+        recent = isinstance(at, int | float) and at >= since
+        return written if recent and self._is_own(str(written.get("launch", ""))) else {}
+
+    def _is_own(self, launch: str) -> bool:
+        # A launch of srun is named after job and restart; others are recognised by their time alone.
+        return not launch.startswith("slurm-") or launch.startswith(f"slurm-{self.place.job}-{self.place.restart}-")
 
     def _ask_slurm(self) -> tuple[JobFacts | None, list[Node]]:
         """Return what the controller says of the job, and which of its nodes it has lost."""
         try:
             job = self.patience.ask(lambda: show_job(self.place.job))
-            names = self._hosts()
+            names = self.place.hosts()
             return job, [node for node in nodes_of(names=names) if node.lost] if names else []
         except SlurmCommandError as error:
             self.unreachable = str(error)
@@ -181,13 +205,15 @@ class JobEnd:
         }  # fmt: skip
         self.say(f"job {self.place.job} {words[decision.name]}: {decision.reason}")
 
-    def _hosts(self) -> list[str]:
-        with contextlib.suppress(ValueError):
-            return expand_hostlist(self.place.nodes) if self.place.nodes else []
-        return []
+    def _report(self) -> None:
+        """Tell what became of the run, and where its time went."""
+        with contextlib.suppress(OSError, ValueError):
+            found = collect_report(self.run_directory)
+            if found.goodput is not None:
+                self.say("\n".join(["end of the run", *describe_report(found)]))
 
     def _own_hosts(self, hosts: object) -> list[str]:
         """Return the nodes of this job among the host names of a failure report: SLURM knows them by the first part."""
         given = cast("list[object]", hosts) if isinstance(hosts, list) else []
         named = {str(host).split(".")[0] for host in given}
-        return [host for host in self._hosts() if host in named]
+        return [host for host in self.place.hosts() if host in named]

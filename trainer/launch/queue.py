@@ -21,6 +21,10 @@ from trainer.launch.slurm_commands import (
 _NOTHING = ("", "N/A", "(null)", "None", "Unknown", "n/a")
 _TASKS = re.compile(r"([0-9]+)(?:-([0-9]+)(?::([0-9]+))?)?")
 _MAXIMUM_TASKS = 10_000
+_UNKNOWN = re.compile(r"Invalid job id|disabled|not running a supported")
+"""The job is forgotten, or there are no accounts: nothing is wrong."""
+_AWAY = re.compile(r"Unable to contact|connect failure|Connection refused|timed out", re.IGNORECASE)
+"""The controller is away: each further command would wait for it too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +76,10 @@ def ask_queue(ids: Sequence[str]) -> Queue:
         try:
             found += [job for job in ask(missing) if any(_belongs(job, job_id) for job_id in missing)]
         except SlurmRefusedError as error:
-            if not re.search(r"Invalid job id|disabled|not running a supported", str(error)):
+            if not _UNKNOWN.search(str(error)):
                 notes.append(str(error))
+            if _AWAY.search(str(error)):
+                break
         except SlurmCommandError as error:
             notes.append(str(error))
             break
@@ -89,6 +95,8 @@ def _belongs(job: Job, job_id: str) -> bool:
 def _from_json(ids: Sequence[str]) -> list[Job]:
     # Releases of 22 print every job of the cluster whatever they are asked for.
     content = cast("dict[str, Any]", json.loads(queue_json(ids)))
+    if content.get("errors"):  # without a controller 22.05 says so here alone: exit code 0, and no jobs
+        raise ValueError("squeue --json found no jobs because of an error")
     wanted = {job_id.partition("_")[0] for job_id in ids}
     jobs: list[Job] = []
     for fields in cast("list[dict[str, Any]]", content["jobs"]):

@@ -35,22 +35,25 @@ class Place:
 
 
 class Examiner:
-    """Made before the rank is forked; `in_rank` is called in the rank, `attach` in its supervisor."""
+    """Made before the rank is forked, which answers for its stacks from its first moment; `attach` in its supervisor.
+
+    It answers also while C code holds the interpreter's lock, and when it crashes.
+    """
 
     def __init__(self, board: Board, place: Place) -> None:
         self._board, self._place = board, place
         self._stacks = os.memfd_create("stacks")
         self._pid = 0
         self._oom_kills = oom_kills()
-
-    def in_rank(self) -> None:
-        """Let the rank answer for its stacks, also while C code holds the interpreter's lock, and when it crashes."""
+        # Inherited: a rank that is asked before it could install a handler would die of the signal.
         faulthandler.enable(file=self._stacks, all_threads=True)
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True, chain=False)
 
     def attach(self, pid: int) -> None:
         """Note the process of the rank."""
         self._pid = pid
+        faulthandler.disable()
+        faulthandler.unregister(STACKS_SIGNAL)
 
     def state(self) -> str:
         """Return the process's state as /proc has it (R, S, D, T, Z...), empty if it is gone."""
@@ -115,6 +118,8 @@ class Examiner:
             exception_type=raised.type if raised else "",
             exception_message=redacted_text(raised.message) if raised else "",
             exception_unix=raised.time_unix if raised else 0.0,
+            blamed_ranks=tuple(map(str, raised.blamed_ranks)) if raised else (),
+            blamed_hosts=raised.blamed_hosts if raised else (),
             log_tail=self._log_tail() if ended is not None else "",
         )
 

@@ -13,10 +13,11 @@ from typing import Literal
 from trainer.config.run import Recipe
 from trainer.config.slurm import ContainerConfig, has_control_characters, slurm_problems
 from trainer.core.errors import Problem, RefusedError
+from trainer.core.redact import redacted_text
 from trainer.core.resources import resource_directory
 from trainer.launch.container import in_container, srun_container_options
 from trainer.launch.site import environment_lines, gpu_lines, module_lines
-from trainer.launch.starters import Starter, signal_target, start_line
+from trainer.launch.starters import Starter, signal_target, stage_lines, start_line
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _PATH = re.compile(r"/[\w./+=@:,~% -]*")
@@ -26,16 +27,14 @@ _LOADING_SECONDS = 150
 """For Python and torch to be loaded, from a network file system perhaps, and for srun to start and end the ranks."""
 _NODE_CHECK = """
 # Are these nodes fit for the run? 1: a node is at fault, RUN/failure.json names it; 2: the recipe or environment is.
-# srun waits for ever for a node that it can't reach, hence timeout.
+# srun waits for ever for a node that it can't reach, hence timeout. USR1 ends the check: nothing is to be saved yet.
 {start} &
-checking=$!
-while kill -0 "$checking" 2>/dev/null; do wait "$checking" || true; done
+step=$!
+while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
 code=0
-wait "$checking" || code=$?
-if [ "$code" -ne 0 ]; then
-  {python} -m trainer.launch.requeue "$run_directory" --since "$started" || true
-  exit "$code"
-fi
+wait "$step" || code=$?
+step=
+[ "$code" -eq 0 ] || settle "$code"
 """
 
 
@@ -90,6 +89,9 @@ class LaunchPlan:
     """``srun --mpi``."""
     online: bool = False
     """False: the Hugging Face libraries of the ranks ask no Hub."""
+    stage: str | None = None
+    """Archive of the ranks' environment, unpacked on every node."""
+    stage_directory: str = "/tmp"
     command: tuple[str, ...]
     """What each rank runs."""
     node_check: tuple[str, ...] = ()
@@ -156,6 +158,7 @@ def render(plan: LaunchPlan) -> str:
         "SITE": "\n".join(_site_lines(plan)),
         "SETUP": "\n".join(plan.setup),
         "PREFLIGHT": _node_check(plan),
+        "STAGE": "".join(f"\n{line}" for line in stage_lines(plan)) + ("\n" if plan.stage else ""),
         "START": _start(plan),
         "PYTHON": shlex.quote(plan.python),
         "RUN_DIRECTORY": '"$run"',
@@ -198,7 +201,7 @@ def _node_check(plan: LaunchPlan) -> str:
     # By srun, whatever starts the ranks: the command line of the check needs no MPI, and no agent.
     start = _start(dataclasses.replace(plan, starter="srun", mpi="none", command=plan.node_check))
     limit = f"timeout --kill-after=10 {plan.node_check_seconds}"
-    return _NODE_CHECK.format(start=start.replace("srun ", f"{limit} srun ", 1), python=shlex.quote(plan.python))
+    return _NODE_CHECK.format(start=start.replace("srun ", f"{limit} srun ", 1))
 
 
 def _directives(plan: LaunchPlan) -> list[str]:
@@ -286,6 +289,18 @@ def _problems(plan: LaunchPlan) -> list[Problem]:
     for text in (*plan.command, *plan.node_check, plan.python):
         if has_control_characters(text):
             problems.append(Problem("command", text, "must be one line without control characters"))
+        elif redacted_text(text) != text:
+            rule = "looks like a secret, and batch scripts are kept and shown"
+            problems.append(
+                Problem("command line", redacted_text(text), rule, "read it from a file, by launch.slurm.setup")
+            )
+    for key, text in (("stage", plan.stage), ("stage_directory", plan.stage_directory)):
+        if text is not None and _PATH.fullmatch(text) is None:
+            rule = "must be an absolute path of letters, digits, spaces and ./_-+=@:,~%"
+            problems.append(Problem(f"launch.slurm.{key}", text, rule))
+    if plan.stage is not None and plan.container is not None:
+        rule = "has no effect in a container, which brings its own environment"
+        problems.append(Problem("launch.slurm.stage", plan.stage, rule, "remove one of them"))
     if not plan.command:
         problems.append(Problem("command", None, "is empty"))
     return problems

@@ -226,8 +226,12 @@ def job_end_unix(job_id: str) -> float | None:
 
 
 def requeue_job(job_id: str) -> None:
-    """Put a job back into the queue. Raises SlurmCommandError."""
-    _run(["scontrol", "requeue", _checked(job_id)], _ASK_SECONDS)
+    """Put a job back into the queue, if it is not there already. Raises SlurmCommandError."""
+    try:
+        _run(["scontrol", "requeue", _checked(job_id)], _ASK_SECONDS)
+    except SlurmRefusedError as error:
+        if "pending execution" not in str(error):  # SLURM was faster: a node has failed
+            raise
 
 
 def exclude_nodes(job_id: str, hosts: Sequence[str]) -> None:

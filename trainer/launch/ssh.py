@@ -61,7 +61,9 @@ def plan_tasks(
     """
     allowed = {name: value for name, value in environment.items() if _PASSED.fullmatch(name)}
     secret = {name for name, value in redacted(allowed).items() if value == REDACTED}
-    dropped = secret | _NOT_PASSED | ({"OMP_NUM_THREADS"} if threads_are_derived(environment) else set())
+    dropped = secret | _NOT_PASSED
+    if threads_are_derived(environment):
+        dropped.add("OMP_NUM_THREADS")
     passed = {name: value for name, value in allowed.items() if name not in dropped}
     tasks: list[dict[str, Any]] = []
     first = 0

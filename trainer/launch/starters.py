@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 Starter = Literal["srun", "torchrun", "mpirun", "mpiexec"]
 
 _OFFLINE = ("HF_HUB_OFFLINE=1", "TRANSFORMERS_OFFLINE=1")
+STAGE_VARIABLE = "TRAINER_STAGE"
 _OPEN_MPI_KILL_SECONDS = 5
 """When a rank ends with another code than 0 (75: saved), Open MPI waits this long, never less, and kills the others.
 Its default of 1 s may cut off rank 0's last words."""
@@ -32,6 +33,10 @@ class StartPlan(Protocol):
     @property
     def online(self) -> bool: ...
     @property
+    def stage(self) -> str | None: ...
+    @property
+    def stage_directory(self) -> str: ...
+    @property
     def command(self) -> tuple[str, ...]: ...
     @property
     def python(self) -> str: ...
@@ -51,7 +56,31 @@ def start_line(
     options, command = words
     if plan.starter in ("srun", "torchrun"):
         options += srun_options
-    return f"{variables}{shlex.join(options)} \\\n  {shlex.join(contained(command))}"
+    return f"{variables}{shlex.join(options)} \\\n  {_from_stage(plan, contained(command))}"
+
+
+def stage_lines(plan: StartPlan) -> list[str]:
+    """Return the lines before the start that unpack launch.slurm.stage on every node, none where it isn't set."""
+    if plan.stage is None:
+        return []
+    each_node = f"srun --overlap --nodes={plan.nodes} --ntasks={plan.nodes} --ntasks-per-node=1"
+    unpack = 'umask 077; rm -rf "$0" && mkdir "$0" && tar -xf "$0.tar" -C "$0" && rm "$0.tar"'
+    return [
+        "# The environment of the ranks, once a node on its own disk (launch.slurm.stage)",
+        f"{STAGE_VARIABLE}={shlex.quote(plan.stage_directory)}/trainer-$UID-$SLURM_JOB_ID",
+        f"export {STAGE_VARIABLE}",
+        f"""trap '{each_node} rm -rf "${STAGE_VARIABLE}" "${STAGE_VARIABLE}.tar" || true' EXIT""",
+        f'sbcast --force {shlex.quote(plan.stage)} "${STAGE_VARIABLE}.tar"',
+        f'{each_node} bash -c {shlex.quote(unpack)} "${STAGE_VARIABLE}"',
+    ]
+
+
+def _from_stage(plan: StartPlan, words: Sequence[str]) -> str:
+    """Return ``words`` quoted for bash, with the staged interpreter instead of the plan's."""
+    if plan.stage is None:
+        return shlex.join(words)
+    own = {plan.python, plan.command[0]}
+    return " ".join(f'"${STAGE_VARIABLE}/bin/python"' if word in own else shlex.quote(word) for word in words)
 
 
 def signal_target(plan: StartPlan) -> Literal["", "B:"]:

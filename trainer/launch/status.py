@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from trainer.checkpoint.layout import step_directories
 from trainer.core.errors import RefusedError
+from trainer.core.failure_file import read_failure
 from trainer.core.run_lock import holder
 from trainer.core.status_file import read_status
 from trainer.launch.queue import Job, Queue, ask_queue
@@ -184,7 +185,7 @@ def _living_state(run_directory: Path, said: str | None, job_state: str | None) 
 
 def _read_failure(run_directory: Path) -> Failure | None:
     """Return what RUN/failure.json says, None where it is missing or says nothing."""
-    fields = _json_object(run_directory / "failure.json")
+    fields = read_failure(run_directory) or {}
     kind, cause = _text(fields.get("class")), _text(fields.get("cause"))
     if kind is None and cause is None:
         return None
@@ -197,15 +198,6 @@ def _read_failure(run_directory: Path) -> Failure | None:
         step=_whole(fields.get("step")),
         time_unix=_number(fields.get("time_unix")),
     )
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object that a file is; an empty one where it is something else."""
-    try:
-        content: object = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return cast("dict[str, Any]", content) if isinstance(content, dict) else {}
 
 
 @dataclass

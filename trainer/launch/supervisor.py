@@ -30,7 +30,7 @@ from trainer.core.lock_owner import Owner
 from trainer.core.phases import Board, Snapshot
 from trainer.core.private import GroupAccess, directory_mode, file_mode, keep_private
 from trainer.core.run_lock import lock_path
-from trainer.launch.failure import note_in_status, summarise_launch, tell_once, to_json
+from trainer.launch.failure import is_first, note_in_status, summarise_launch, tell_once, to_json
 from trainer.launch.rank_examiner import Examiner, Place
 from trainer.launch.reachability import Listener, own_address, unreachable, whom_to_ask
 from trainer.resilience.failure_classes import is_echo
@@ -42,7 +42,8 @@ _POLL_SECONDS = 0.25
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _UNREMARKABLE = (EXIT_OK, EXIT_REFUSED, EXIT_REQUEUE, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 """Ends that were asked for, or that the rank has explained as a refusal."""
-_STALE_SECONDS = 60.0
+_STALE_SECONDS = 10.0
+"""Ranks of one launch start within this time; where SLURM names launches no two are called alike."""
 _KEPT_LAUNCHES = 20
 _RANKS_A_SECOND = 100
 """How often all supervisors together look into the directory of reports."""
@@ -82,7 +83,6 @@ def become_rank(watched: Watched) -> None:
     pid = os.fork()
     if pid == 0:
         _die_with(supervisor_pid)
-        examiner.in_rank()
         board.beat(watched.ranks.rank)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return
@@ -240,10 +240,11 @@ class _Supervisor:
         report = self._examiner.report(event, snapshot, ended=code)
         self._save(report, self._examiner.stacks(ask=False))
         echo = event == "raised" and is_echo(f"{report.exception_type}: {report.exception_message}")
-        if not echo or self._rank == 0:
+        # All ranks may fail with the same words: the first of them judges, and rank 0, who may know more by then.
+        if self._rank == 0 or (not echo and self._in_time(lambda: is_first(self._directory, "judged"), True)):
             end = time.monotonic() + self._settings.report_seconds
             while time.monotonic() < end and self._in_time(self._num_reports, 0) < self._world_size:
-                self._pause(0.1)
+                self._pause(max(0.1, self._look_every_seconds / 5))
             self._judge(code if code == EXIT_DO_NOT_RESTART else EXIT_FAILURE)
 
     def _write(self, event: Event, snapshot: Snapshot, state: str, stalled: float, *, ask: bool = False) -> None:
@@ -347,7 +348,8 @@ class _Supervisor:
         if self._rank != 0:
             return
         with contextlib.suppress(OSError):
-            if time.time() - self._directory.stat().st_mtime > _STALE_SECONDS:
+            unique = self._watched.ranks.launcher == "slurm"
+            if not unique and time.time() - self._directory.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(self._directory)
                 self._seen_directory = 0
             launches = [path for path in self._directory.parent.iterdir() if path.is_dir() and not path.is_symlink()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from trainer.config.slurm import slurm_problems
@@ -57,6 +58,12 @@ def _hosts(facts: Facts) -> Iterator[Problem]:
             yield Problem(f"launch.{name}", value, f"has no effect with launch.launcher = {launch.launcher}", fix)
 
 
+def _stage(facts: Facts) -> Iterator[Problem]:
+    stage = facts.recipe.launch.slurm.stage
+    if stage is not None and not Path(stage).is_file():
+        yield Problem("launch.slurm.stage", stage, "is no file", "make the archive with launch/stage.sh, or remove it")
+
+
 def _mpi(facts: Facts) -> Iterator[Problem]:
     """``srun --mpi`` is an option of srun; under torchrun its tasks are agents, not ranks."""
     slurm = facts.recipe.launch.slurm
@@ -96,6 +103,7 @@ RULES = (
     Rule("secrets in setup lines", _values, Failing({"launch.slurm.setup": ["export WANDB_API_KEY=123abc"]})),
     Rule("container", _values, Failing({"launch.slurm.container": {"runtime": "pyxis", "image": "$(id)"}})),
     Rule("hosts of ssh", _hosts, Failing({"launch.hostfile": "hosts.txt"})),
+    Rule("staged environment", _stage, Failing({"launch.slurm.stage": "/no/such/env.tar"})),
     Rule("MPI of srun", _mpi, Failing({"launch.slurm.mpi": "pmix", "launch.slurm.starter": "mpirun"})),
     Rule("no control characters", _control, Failing({"run.directory": "runs/a\nb"})),
 )

@@ -56,7 +56,7 @@ def summarise(reports: Sequence[RankReport], hosts: Mapping[int, str] | None = N
     first_hand = [report for report in raised if not _is_echo(report)]
     missing = sorted(set(range(failed[0].world_size)) - {report.rank for report in reports})
     if first_hand:
-        return _raised(first_hand[0], missing)
+        return _raised(first_hand[0], missing, hosts)
     stopped = [report for report in reports if report.process_state == "T"]
     if stopped:
         return _stopped(stopped[0])
@@ -116,8 +116,14 @@ def _dead(report: RankReport) -> Failure:
     return _failure(report, known or Kind("killed", fix), died)
 
 
-def _raised(report: RankReport, missing: Sequence[int]) -> Failure:
+def _raised(report: RankReport, missing: Sequence[int], hosts: Mapping[int, str]) -> Failure:
     words = f"{report.exception_type}: {report.exception_message}"
+    if report.exception_type == "CorruptionError":  # every rank says the same of another
+        blamed = [int(rank) for rank in report.blamed_ranks if rank.isdecimal()] or [report.rank]
+        fix = "memory, a device or a connection of that host is not to be trusted: start again without it"
+        cause = f"in {where(report)}: {' '.join(report.exception_message.split())}"
+        host = hosts.get(blamed[0])
+        return Failure("corruption", True, blamed[0], host, report.phase, report.step, cause, fix, report.blamed_hosts)
     kind = classify(words, report.phase) or Kind(
         "exception", f"the traceback is at the end of logs/rank-{report.rank:05d}.log"
     )

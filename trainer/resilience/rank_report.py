@@ -53,6 +53,10 @@ class RankReport:
     exception_type: str = ""
     exception_message: str = ""
     exception_unix: float = 0.0
+    blamed_ranks: tuple[str, ...] = ()
+    """Ranks that the exception says are at fault; empty: the one that raised it."""
+    blamed_hosts: tuple[str, ...] = ()
+    """Hosts that it says are not to be trusted."""
     log_tail: str = ""
     address: str = ""
     """host:port that this node's first supervisor answers at."""

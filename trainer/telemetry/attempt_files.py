@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from trainer.core.durable import replace_text
+from trainer.core.failure_file import read_failure
 from trainer.core.status_file import read_status
 from trainer.telemetry.attempt_times import AttemptTimes
 
 _TAIL_BYTES = 8 * 2**20
 """Of metrics.jsonl: the lines of a few seconds, even of steps of a millisecond."""
+
+_MOST_SILENT_SECONDS = 1800.0
+"""Between the last sign of life of a start and the word of others that it has ended."""
 
 
 def timing_path(run_directory: Path, attempt: int) -> Path:
@@ -86,13 +90,16 @@ def _complete(run_directory: Path, times: AttemptTimes, next_unix: float) -> Non
     times.updated_unix = lives_until
     for end in (_said_by_failure_file(run_directory), _said_by_status(run_directory, times)):
         if end is not None and written_unix <= end[0] <= next_unix:
-            times.ended_unix, times.outcome, times.reason = end[0], "failed", end[1]
+            # What is said long after may have been said by the next allocation, whose wait is no time of this one.
+            silent = end[0] - lives_until > _MOST_SILENT_SECONDS
+            times.ended_unix = lives_until if silent else end[0]
+            times.outcome, times.reason = "failed", end[1]
             return
 
 
 def _said_by_failure_file(run_directory: Path) -> tuple[float, str] | None:
     """Return when and why the newest failed attempt ended, as those said who watched the ranks."""
-    failure = _json_object(run_directory / "failure.json") or {}
+    failure = read_failure(run_directory) or {}
     at, cause = failure.get("time_unix"), failure.get("cause")
     return (at, cause) if isinstance(at, float) and isinstance(cause, str) else None
 

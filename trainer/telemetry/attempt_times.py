@@ -46,6 +46,8 @@ class AttemptTimes:
     rewound_steps: int = 0
     """Done and given up by the attempt itself, which went back to a checkpoint."""
     rewound_seconds: float = 0.0
+    rewind_restore_seconds: float = 0.0
+    """Loading the checkpoints it went back to."""
     evaluation_seconds: float = 0.0
     saves: int = 0
     save_seconds: float = 0.0
@@ -73,7 +75,7 @@ class AttemptTimes:
             self.first_step_unix = ended_unix - seconds
             self.first_evaluation_seconds = self.evaluation_seconds
         if step - count < self.last_step:
-            self._rewind(step - count)
+            self.go_back(step - count)
         self.last_step, self.last_step_unix = step, ended_unix
         self.step_seconds += seconds
         if step - (self.marks[-1][0] if self.marks else self.base_step) >= self.mark_every:
@@ -92,12 +94,13 @@ class AttemptTimes:
             before_step, before = at, seconds
         return self.step_seconds
 
-    def _rewind(self, to_step: int) -> None:
+    def go_back(self, to_step: int) -> None:
+        """Give up the steps after ``to_step``."""
         kept = self.seconds_through(to_step)
         self.rewound_steps += self.last_step - max(to_step, self.base_step)
         self.rewound_seconds += self.step_seconds - kept
         self.step_seconds = kept
-        self.base_step = min(self.base_step, to_step)
+        self.base_step, self.last_step = min(self.base_step, to_step), to_step
         self.marks = [mark for mark in self.marks if mark[0] <= to_step]
 
     def to_json(self) -> dict[str, Any]:

@@ -104,12 +104,12 @@ def _divide_one(times: AttemptTimes, begin: float, end: float, waiting: float, k
     counted = times.seconds_through(kept_step)
     productive = take(counted)
     redone = take(times.step_seconds - counted + times.rewound_seconds)
-    restore = take(times.restore_seconds)
+    restore = take(times.restore_seconds + times.rewind_restore_seconds)
     evaluation = take(times.evaluation_seconds)
     save = take(times.save_seconds)
     before = (end if times.first_step_unix is None else times.first_step_unix) - begin
     first_evaluation = evaluation if times.first_step_unix is None else times.first_evaluation_seconds
-    startup = take(before - restore - first_evaluation)
+    startup = take(before - times.restore_seconds - first_evaluation)
     return AttemptParts(
         attempt=times.attempt,
         world_size=max(1, times.world_size),

@@ -122,7 +122,7 @@ def describe_report(report: RunReport) -> list[str]:
     spent = f"{format_duration(found.allocated_seconds)} in {len(report.attempts)} starts ({_hours(found)})"
     checkpoint = str(report.last_checkpoint_step) if report.last_checkpoint_step is not None else None
     rows: list[tuple[str, str | None]] = [
-        ("state", f"{report.state}: {report.reason}" if report.reason else report.state),
+        ("state", f"{report.state}: {_one_line(report.reason)}" if report.reason else report.state),
         ("steps", f"{report.step}{total}, {tokens}"),
         ("time", spent + waits),
         ("goodput", split_text(found.fractions)),
@@ -173,11 +173,16 @@ def _attempt_lines(attempts: list[dict[str, Any]], *, alive: bool) -> list[str]:
         steps = "no step" if first is None or last <= first else f"steps {first + 1}-{last}"
         silent = "running, or killed" if alive and fields is attempts[-1] else "killed"
         how = fields["outcome"] or silent
-        reason = f": {fields['reason']}" if fields["reason"] else ""
+        reason = f": {_one_line(fields['reason'])}" if fields["reason"] else ""
         lost = f", {fields['lost_steps']} lost" if fields["lost_steps"] else ""
         took = format_duration(fields["allocated_seconds"])
         lines.append(f"{fields['attempt']}: {steps}{lost}, {took}, {how}{reason}")
     return lines
+
+
+def _one_line(text: str) -> str:
+    """Return the first line of an error, without what would move a terminal's cursor."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text.partition("\n")[0][:200])
 
 
 def _hours(found: Goodput) -> str:

@@ -36,7 +36,13 @@ class AttemptClock:
         self._thread: threading.Thread | None = None
 
     def begin(self, resumed_step: int, restore_seconds: float, nodes: int) -> None:
-        """Note where the run goes on. To be called before metrics.jsonl is cut back to that step."""
+        """Note where the run goes on, at first or after a rewind. To be called before metrics.jsonl is cut back."""
+        if self.times.resumed_step is not None:
+            with self._counting:
+                self.times.go_back(resumed_step)
+                self.times.rewind_restore_seconds += restore_seconds
+            self._wake.set()
+            return
         self._before = close_books(self._run_directory)
         with self._counting:
             self.times.resumed_step = self.times.base_step = self.times.last_step = resumed_step

@@ -61,7 +61,7 @@ def build_parts(
     environment: RankEnvironment,
     *,
     attempt: int,
-    open_sinks: Callable[..., Fanout],
+    open_sinks: Callable[[int, float], Fanout],
     say: Callable[[str], None],
     requests: RequestSources,
     may_commit: Callable[[], None] = lambda: None,

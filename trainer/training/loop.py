@@ -44,7 +44,7 @@ class Parts:
     guard: Guard
     replicas: ReplicaCheck
     ranks: Ranks
-    open_sinks: Callable[..., Fanout]
+    open_sinks: Callable[[int, float], Fanout]
     """Open logs and curves, cut back to a step."""
     requests: RequestSources
     utilization: Callable[[float], float | None]

@@ -14,7 +14,7 @@ from trainer.config.run import Recipe
 from trainer.core import faults, phases
 from trainer.core.done_file import read_done, remove_done, write_done
 from trainer.core.environ import RankEnvironment
-from trainer.core.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, RefusedError, TrainerError
+from trainer.core.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, CorruptionError, RefusedError, TrainerError
 from trainer.core.logs import RankLog, open_rank_log
 from trainer.core.private import keep_private, make_run_directory
 from trainer.resilience.deadline import Durations
@@ -80,13 +80,12 @@ def _train(
 
     sinks, durations = Fanout([]), Durations()
 
-    def open_sinks(resume_step: int, restore_seconds: float | None = None) -> Fanout:
+    def open_sinks(resume_step: int, restore_seconds: float) -> Fanout:
         nonlocal sinks
         sinks.close()
         if directory is not None:
-            if restore_seconds is not None:  # else a rewind, which the clock sees by the numbers of the steps
-                nodes = -(-environment.world_size // environment.local_world_size)
-                directory.clock.begin(resume_step, restore_seconds, nodes)
+            nodes = -(-environment.world_size // environment.local_world_size)
+            directory.clock.begin(resume_step, restore_seconds, nodes)
             phases.board.note_started()
             made = build_sinks(recipe, directory.path, resume_step, derived.total_steps, log.console_stream)
             goodput = GoodputSink(directory.clock, lambda record: sinks.goodput(record))
@@ -193,8 +192,16 @@ def _report(error: BaseException, environment: RankEnvironment, directory: RunDi
 
 def note_exception(error: BaseException) -> None:
     """Let the supervisor know what ends this rank, before anything else is done about it."""
-    text = "".join(traceback.format_exception(error))
-    phases.board.note_exception(error, text, told=isinstance(error, TrainerError))
+    if isinstance(error, RefusedError):  # nothing failed, and nothing may be written
+        return
+    blamed = (error.ranks, error.hosts) if isinstance(error, CorruptionError) else ((), ())
+    phases.board.note_exception(
+        error,
+        "".join(traceback.format_exception(error)),
+        told=isinstance(error, TrainerError),
+        blamed_ranks=blamed[0],
+        blamed_hosts=blamed[1],
+    )
 
 
 def _told_by_first_rank(log: RankLog, text: str) -> bool:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.select import choose_before
+from trainer.core import phases
 from trainer.resilience.guard import Rewind
+from trainer.telemetry.throughput import Stopwatch
 from trainer.training.resume import Resumption, restore_generators
 from trainer.training.state import TrainState
 
@@ -24,9 +26,12 @@ def rewind(parts: Parts) -> Rewind | None:
     """
     now = parts.state
     assert now.guard.bad_since is not None
+    phases.mark("load", detail="going back to a checkpoint")
     parts.saver.settle()
     directory = Path(parts.recipe.run.directory)
-    found = choose_before(directory, now.guard.bad_since, parts.ranks, parts.sinks.message)
+    restore = Stopwatch()
+    with restore:
+        found = choose_before(directory, now.guard.bad_since, parts.ranks, parts.sinks.message)
     if found is None:
         return None
     reader = CheckpointReader(found)
@@ -36,11 +41,12 @@ def rewind(parts: Parts) -> Rewind | None:
     state.guard.rewinds = [*state.guard.rewinds, done]
     state.guard.rewound_at = [*now.guard.rewound_at, now.step]
     state.guard.spikes = now.guard.spikes
-    parts.engine.load_state(reader, state.optimizer_steps)
+    with restore:
+        parts.engine.load_state(reader, state.optimizer_steps)
     restore_generators(Resumption(parts.recipe, reader, parts.ranks, state, parts.sinks.message))
     now.go_back(state)
     parts.loader.seek(state.consumed_samples, state.step)
     parts.sinks.close()
-    parts.sinks.replace(parts.open_sinks(state.step))
+    parts.sinks.replace(parts.open_sinks(state.step, restore.seconds))
     parts.saver.go_back()
     return done
