@@ -4,8 +4,8 @@
 Kinds: ``kill`` (SIGKILL to this process), ``raise``, ``enospc``, ``eio`` (OSError), ``truncate`` (cut the file at hand
 in half, then SIGKILL: what a kill in the middle of a write leaves behind), ``signal`` (SIGUSR1 to this rank alone;
 ``sigterm`` and others likewise), ``sleep`` (for an hour), ``pause0.5`` (for half a second, or until a signal comes),
-``stop`` (SIGSTOP), ``segfault``, ``exit`` (os._exit(7)), ``memory`` (ask for more than is allowed), ``lock`` (sleep for
-an hour in C code that keeps the interpreter's lock). Some make the system itself refuse what follows: ``fill`` (fill
+``stop`` (SIGSTOP), ``segfault``, ``exit`` (os._exit(7)), ``memory`` (ask for more than is allowed), ``lock`` (compute
+for ages in C code that keeps the interpreter's lock). Some make the system itself refuse what follows: ``fill`` (fill
 the file system beside the file at hand, which must be a small one), ``chmod`` (take the right to write from its
 directory), ``fsize`` (limit files of this process to 256 KiB) and ``nofsize`` (no longer).
 Every phase of `trainer.core.phases` is a point: ``phase.forward``.
