@@ -20,14 +20,14 @@ def control(
 
     The run looks when a step begins.
     """
-    from trainer.core.control_file import ACTIONS, new_command
+    from trainer.core.control_file import ACTIONS, Action, new_command
     from trainer.core.errors import EXIT_FAILURE, Problem, RefusedError
     from trainer.launch.control import ask_run, noted
 
     if action == "status" and value is None:
         typer.echo(noted(run_directory))
         return
-    chosen = next((known for known in ACTIONS if known == action), None)
+    chosen: Action | None = next((known for known in ACTIONS if known == action), None)
     if chosen is None:
         raise RefusedError(Problem("trainer control", action, f"must be one of {', '.join((*ACTIONS, 'status'))}"))
     step = int(value) if value is not None and value.isascii() and value.isdigit() and len(value) < 16 else None

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from trainer.core.control_file import (
     LOG_LEVELS,
@@ -59,8 +59,8 @@ class Control:
         """``before`` is status.json of the start before, ``note`` changes fields of it; ``say`` tells people."""
         self._run, self._total_steps = run_directory, total_steps
         self._note, self._say, self._clock = note, say, clock
-        noted = before.get("control")
-        self._handled: object = noted.get("id") if isinstance(noted, dict) else None
+        noted: object = before.get("control")
+        self._handled: object = cast("dict[str, object]", noted).get("id") if isinstance(noted, dict) else None
         stop_step = before.get("stop_step")
         self._stop_step: int | None = stop_step if type(stop_step) is int else None
         self._looked_at = -_SECONDS_BETWEEN_LOOKS
