@@ -138,7 +138,7 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
     _remove_abandoned()
     directory = Path(tempfile.mkdtemp(prefix=f"trainer-slurm-{os.getpid()}-", dir="/tmp"))  # short: a socket lies in it
     directory.chmod(0o755)
-    cluster = SlurmCluster(directory, _prefix(os.getpid()), nodes=3)
+    cluster = SlurmCluster(directory, _prefix(os.getpid()), nodes=4)
     try:
         cluster.start()
         yield cluster
