@@ -131,7 +131,7 @@ class SlurmCluster:
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[SlurmCluster]:
-    """A cluster of 3 nodes (8 CPUs and 4 pretended GPUs each), made once and torn down always."""
+    """A cluster of 4 nodes (8 CPUs and 4 pretended GPUs each), made once and torn down always."""
     if os.geteuid() != 0:
         packages.give_up("a SLURM cluster of network namespaces needs root")
     packages.require(PACKAGES, lambda: all(shutil.which(program) for program in PROGRAMS))
