@@ -76,11 +76,11 @@ def said(recipe: Path) -> str:
     return recipe.with_suffix(".out").read_text()
 
 
-def same_end(trainer: Trainer, run: str) -> None:
+def same_end(trainer: Trainer, run: str, straight: str = "straight", steps: int = STEPS) -> None:
     """The run ended as the straight one did, to the last bit."""
-    assert trainer.metrics(run) == trainer.metrics("straight")
-    (_, expected), (step, found) = tensors(trainer.directory / "straight"), tensors(trainer.directory / run)
-    assert (step, found.keys()) == (STEPS, expected.keys())
+    assert trainer.metrics(run) == trainer.metrics(straight)
+    (_, expected), (step, found) = tensors(trainer.directory / straight), tensors(trainer.directory / run)
+    assert (step, found.keys()) == (steps, expected.keys())
     assert all(bool((found[key] == expected[key]).all()) for key in expected)
 
 
@@ -179,6 +179,14 @@ DAMAGED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def longer(trainer: Trainer) -> Path:
+    """A straight run of 25 steps: without its last checkpoint it has something left to do at step 20."""
+    recipe = trainer.recipe("longer", checkpoint=SAVES, run={"steps": STEPS + 5})
+    trainer.check(trainer.train(recipe), recipe)
+    return trainer.directory / "longer"
+
+
 def copy(trainer: Trainer, straight: Path, run: str, *without: int) -> Path:
     """Copy the straight run as ``run``, without some of its checkpoints."""
     target = trainer.directory / run
@@ -195,16 +203,16 @@ def tree(run: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGED)
 def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(
-    trainer: Trainer, straight: Path, name: str, damage: Callable[[Path], None]
+    trainer: Trainer, longer: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
-    run = copy(trainer, straight, f"damaged-{name}-{damage.__name__}")
+    run = copy(trainer, longer, f"damaged-{name}-{damage.__name__}", STEPS + 5)
     damage(layout.step_directory(run, 20) / name)
-    recipe = trainer.recipe(run.name, checkpoint=SAVES)
+    recipe = trainer.recipe(run.name, checkpoint=SAVES, run={"steps": STEPS + 5})
     trainer.check(trainer.train(recipe), recipe)
     assert f"passing over damaged checkpoint step-00000020: {name}" in said(recipe)
     assert trainer.status(run.name)["resumed_step"] == 15
-    assert held(run) == [5, 10, 15, 20]
-    same_end(trainer, run.name)
+    assert held(run) == [5, 10, 15, 20, 25]
+    same_end(trainer, run.name, "longer", STEPS + 5)
 
 
 @pytest.mark.parametrize(
@@ -213,24 +221,24 @@ def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(
      ("manifest.json", Path.unlink)],
 )  # fmt: skip
 def test_a_required_checkpoint_that_is_damaged_is_refused_by_all_ranks(
-    trainer: Trainer, straight: Path, name: str, damage: Callable[[Path], None]
+    trainer: Trainer, longer: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
-    run = copy(trainer, straight, f"required-{name}-{damage.__name__}")
+    run = copy(trainer, longer, f"required-{name}-{damage.__name__}", STEPS + 5)
     damage(layout.step_directory(run, 20) / name)
     before = tree(run)
-    recipe = trainer.recipe(run.name, checkpoint=SAVES | {"resume": "require"})
+    recipe = trainer.recipe(run.name, checkpoint=SAVES | {"resume": "require"}, run={"steps": STEPS + 5})
     assert trainer.train(recipe) == [2, 2]
     assert f"step-00000020 is damaged: {name}" in said(recipe)
     assert tree(run) == before
 
 
-def test_nothing_is_started_over_where_all_checkpoints_are_damaged(trainer: Trainer, straight: Path) -> None:
-    run = copy(trainer, straight, "all-damaged", 5)
+def test_nothing_is_started_over_where_all_checkpoints_are_damaged(trainer: Trainer, longer: Path) -> None:
+    run = copy(trainer, longer, "all-damaged", 5, STEPS + 5)
     (layout.step_directory(run, 10) / "manifest.json").unlink()
     truncate(layout.step_directory(run, 15) / "manifest.json")
     flip(layout.step_directory(run, 20) / "rank-00001.safetensors")
     before = tree(run)
-    recipe = trainer.recipe(run.name, checkpoint=SAVES)
+    recipe = trainer.recipe(run.name, checkpoint=SAVES, run={"steps": STEPS + 5})
     assert trainer.train(recipe) == [1, 1]
     assert "all 3 checkpoints are damaged; nothing was changed" in said(recipe)
     assert tree(run) == before

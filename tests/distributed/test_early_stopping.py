@@ -14,7 +14,8 @@ from forked_runs import STEPS, Trainer
 from trainer.checkpoint import layout
 from trainer.config.load import load_recipe
 from trainer.evaluation.standalone import evaluate_model
-from trainer.launch.status import collect, describe
+from trainer.launch.status import collect
+from trainer.launch.status_text import describe
 from trainer.training.starting import nothing_to_do
 
 STOPPING = {"every_steps": 2, "early_stopping": {"patience": 3, "minimum_delta": 10.0}}

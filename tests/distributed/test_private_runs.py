@@ -59,15 +59,15 @@ def test_a_group_may_read_and_nobody_write_or_look(folder: Path) -> None:
 
 
 def test_no_secret_is_written_down(folder: Path) -> None:
-    """Keys of the DeepSpeed JSON, shell lines and the command itself are where people put them."""
-    setup = json.dumps([f"export HF_TOKEN={SECRET}", f"curl https://me:{SECRET}@host/x"])
+    """Keys of the DeepSpeed JSON, hooks and the command itself are where people put them."""
+    hook = json.dumps(["/bin/true", f"--token={SECRET}", f"https://me:{SECRET}@host/x"])
     section = {"override": {"comet": {"enabled": False, "api_key": SECRET}}}
-    run = train(folder, f"launch.slurm.setup={setup}", deepspeed=section)
+    run = train(folder, f"checkpoint.hook={hook}", deepspeed=section)
     written = [*run.rglob("*.json"), *run.rglob("*.yaml")]
     assert {path.name for path in written} >= {"run.yaml", "deepspeed.json", "environment.json", "manifest.json"}
     assert [path for path in written if SECRET in path.read_text()] == []
-    setup = yaml.safe_load((run / "run.yaml").read_text())["launch"]["slurm"]["setup"]
-    assert setup == ["export HF_TOKEN=<redacted>", "curl https://<redacted>@host/x"]
+    hook = yaml.safe_load((run / "run.yaml").read_text())["checkpoint"]["hook"]
+    assert hook == ["/bin/true", "--token=<redacted>", "https://<redacted>@host/x"]
     assert "api_key" in (run / "deepspeed.json").read_text()
     manifest = json.loads(next(run.glob("checkpoints/step-*/manifest.json")).read_text())
-    assert manifest["recipe"]["launch"]["slurm"]["setup"] == setup
+    assert manifest["recipe"]["checkpoint"]["hook"] == hook
