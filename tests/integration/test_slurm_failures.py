@@ -126,7 +126,7 @@ def test_dead_node_is_left_out(slurm_cluster, tmp_path):
     entries = json.loads((run / "slurm" / "restarts.json").read_text())["attempts"]
     assert [entry["decision"] for entry in entries] == ["retry", "done"]
     assert "node failure: node2" in entries[0]["reason"]
-    assert expand_hostlist(entries[1]["nodes"]) == ["node1", "node3"]
+    assert "node2" not in expand_hostlist(entries[1]["nodes"])
 
 
 def test_commands_that_fail_hang_and_refuse(slurm_cluster, tmp_path):
