@@ -122,7 +122,7 @@ from trainer.telemetry.sinks.jsonl import JsonlSink
 logging.basicConfig(format="LOGGED %(message)s", stream=sys.stdout)
 path = Path(sys.argv[1])
 sink = Fanout([JsonlSink(path, 0)])
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
 for step in range(1, 9):
     sink.step(step_record(step))
 assert path.read_bytes().endswith(b"}\\n"), "a killed process would leave a torn line"
