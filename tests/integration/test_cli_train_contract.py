@@ -93,7 +93,16 @@ class TestFinished:
         directory = finished.directory
         facts = {"run.yaml", "deepspeed.json", "environment.json"}
         seen = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
-        others = {"metrics.jsonl", "tensorboard", "status.json", "report.json", "logs", "attempts", "checkpoints"}
+        others = {
+            "metrics.jsonl",
+            "tensorboard",
+            "status.json",
+            "report.json",
+            "DONE",
+            "logs",
+            "attempts",
+            "checkpoints",
+        }
         assert seen == facts | others
         assert {path.name for path in (directory / "logs").iterdir()} == {"rank-00000.log", "rank-00001.log"}
         assert [path.name for path in (directory / "attempts").iterdir()] == ["0001"]

@@ -150,7 +150,8 @@ def _hand_over(
     from trainer.launch.submit import submit_chain, write_script
 
     script = render(plan)
-    typer.echo(f"profile: {site.name} ({site.path})" if site else "profile: none", err=True)
+    if site:
+        typer.echo(f"profile: {site.name} ({site.path})", err=True)
     if dry_run:
         typer.echo(script, nl=False)
         return
