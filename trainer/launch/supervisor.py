@@ -328,7 +328,8 @@ class _Supervisor:
     def _judge(self, exit_code: int) -> None:
         """Say who is the cause, if that is this supervisor's part, and complete status.json."""
         report = self._report
-        assert report is not None
+        if report is None:  # it could not be made, and that has been said
+            return
         first_hand = report.event in ("died", "exited", "raised")
         if not (first_hand or self._rank == 0 or self._in_time(self._reports.is_lowest, True)):
             return
