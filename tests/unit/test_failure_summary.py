@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trainer.resilience.failure_classes import classify, is_echo
-from trainer.resilience.failure_summary import Failure, summarise
+from trainer.resilience.failure_summary import Failure, summarise, summarise_alone
 from trainer.resilience.rank_report import RankReport, read_reports, report_path, write_report
 
 pytestmark = pytest.mark.fast
@@ -228,3 +228,21 @@ def test_corruption_is_the_host_that_the_others_outvote() -> None:
     assert found.cause.startswith("in save of step 12: step 8: rank 2 on node2 differs")
     undecided = cause(raised(0, "CorruptionError", message, blamed_ranks=("1", "2")))
     assert (undecided.rank, undecided.suspect_hosts) == (1, ())
+
+
+def test_one_report_alone_accuses_nobody_else() -> None:
+    """What a supervisor says where the file system does not answer."""
+    assert summarise_alone(report(3, "snapshot")) is None
+    found = {
+        "waits in all_reduce (number 17, 8 elements)": summarise_alone(waiting(3)[0]),
+        "waits for shard /data/a.bin": summarise_alone(report(3, phase="data", reading="/data/a.bin")),
+        "is stopped": summarise_alone(report(3, process_state="T")),
+        "has run no Python code": summarise_alone(report(3, lock_held=True)),
+        "was killed by SIGKILL": summarise_alone(report(3, "died", signal="SIGKILL")),
+        "failed in forward": summarise_alone(raised(3, "ValueError", "odd")),
+        "lost a connection": summarise_alone(raised(3, *ECHO)),
+    }
+    for words, failure in found.items():
+        assert failure is not None
+        assert failure.cause.startswith(f"rank 3 on node2 {words}"), failure.cause
+        assert failure.suspect_hosts == ()

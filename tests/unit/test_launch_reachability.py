@@ -9,6 +9,8 @@ import pytest
 
 from trainer.core.environ import RankEnvironment
 from trainer.core.failure_file import launch_name, read_failure, write_failure
+from trainer.launch import reachability
+from trainer.launch.attempt_facts import JobPlace
 from trainer.launch.failure import hosts_of_ranks
 from trainer.launch.rank_examiner import oom_kills
 from trainer.launch.reachability import MOST_ASKED, Listener, own_address, unreachable, whom_to_ask
@@ -23,6 +25,18 @@ def test_who_answers_is_reachable() -> None:
         addresses = {"a": f"127.0.0.1:{listener.port}", "b": f"127.0.0.1:{closed.getsockname()[1]}", "c": "nonsense"}
         assert unreachable(addresses, time.monotonic() + 0.5) == ["b"]
     listener.close()
+
+
+def test_names_that_do_not_resolve_cost_the_time_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(*_: object, **__: object) -> None:
+        time.sleep(4)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(reachability, "_CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(socket, "create_connection", resolve)
+    began = time.monotonic()
+    assert len(unreachable({str(number): "lost:1" for number in range(8)}, began + 0.2)) == 8
+    assert time.monotonic() - began < 2
 
 
 def test_who_is_asked_stays_few() -> None:
@@ -55,6 +69,10 @@ def test_slurm_says_where_ranks_are() -> None:
     said = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
     assert hosts_of_ranks(ranks, said) == {0: "node1", 1: "node1", 2: "node2"}
     assert hosts_of_ranks(ranks, {}) == {}
+    for distribution, known in (("block:cyclic", True), ("cyclic", False), ("plane=2", False), ("arbitrary", False)):
+        assert bool(hosts_of_ranks(ranks, said | {"SLURM_DISTRIBUTION": distribution})) is known
+        job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_TASKS_PER_NODE": "2,1", "SLURM_DISTRIBUTION": distribution}
+        assert bool(JobPlace.here(job).hosts_of_ranks()) is known
 
 
 def test_kills_for_want_of_memory_are_counted(tmp_path) -> None:

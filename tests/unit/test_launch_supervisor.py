@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from trainer.launch.supervisor import Watched, become_rank
 run, rank, world, program = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 settings = WatchdogConfig(grace_seconds=0.4, start_seconds=0.3, slow_seconds=0.2, report_seconds=float(sys.argv[5]))
 ranks = RankEnvironment(rank, world, 0, 1, rank, "127.0.0.1", 1, "environment")
+exec(sys.argv[6])
 become_rank(Watched(ranks, run, "none", settings, "launch-1", f"node{rank}"))
 (run / f"{rank}.tmp").write_text(str(os.getpid()))
 (run / f"{rank}.tmp").rename(run / f"{rank}.pid")
@@ -40,13 +42,18 @@ LOCK = "import ctypes; phases.mark('forward', step=3, micro_batch=1); ctypes.PyD
 class Rank:
     """A supervisor and the rank below it."""
 
-    def __init__(self, run: Path, program: str, rank: int = 0, world: int = 1, report_seconds: float = 0.0) -> None:
+    def __init__(
+        self, run: Path, program: str, rank: int = 0, world: int = 1, report_seconds: float = 0.0, before: str = "",
+        preexec: Callable[[], object] | None = None,
+    ) -> None:  # fmt: skip
+        """``before`` is run before the fork, by what becomes the supervisor."""
         self.run, self.rank = run, rank
         self.process = subprocess.Popen(
-            [sys.executable, "-c", RANK, str(run), str(rank), str(world), program, str(report_seconds)],
+            [sys.executable, "-c", RANK, str(run), str(rank), str(world), program, str(report_seconds), before],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=preexec,
         )
 
     def pid(self) -> int:
@@ -161,7 +168,9 @@ def test_one_rank_dies_and_the_other_tells_what_it_does(tmp_path: Path) -> None:
         2,
     )
     waits.pid()
-    dies = Rank(tmp_path, "phases.mark('backward', step=4); os.kill(os.getpid(), 9)", 0, 2, report_seconds=30)
+    # It is waited for as long as so many supervisors need to look, whatever report_seconds says.
+    slow = "import trainer.launch.supervisor as s; s._RANKS_A_SECOND = 0.2"
+    dies = Rank(tmp_path, "phases.mark('backward', step=4); os.kill(os.getpid(), 9)", 0, 2, before=slow)
     assert dies.end()[0] == -9
     reports = read_reports(reports_directory(tmp_path, "launch-1"), "launch-1")
     assert [(report.rank, report.event) for report in reports] == [(0, "died"), (1, "snapshot")]

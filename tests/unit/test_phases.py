@@ -20,7 +20,7 @@ def test_a_forked_writer_is_read_as_it_wrote() -> None:
         board.leave(board.enter("all_reduce", "2", 1024))
         board.enter("broadcast", "", 5)
         board.read_begins("/data/" + "long/" * 100 + "ü.bin")
-        board.note_exception(ValueError("first"), "Traceback", told=False)
+        board.note_exception(ValueError("first"), "Traceback", told=False, exit_code=93)
         board.note_exception(RuntimeError("echo"), "", told=True)
         os._exit(0)
     os.waitpid(pid, 0)
@@ -32,6 +32,7 @@ def test_a_forked_writer_is_read_as_it_wrote() -> None:
     assert seen.reading.endswith("/ü.bin")
     assert seen.raised is not None
     assert (seen.raised.type, seen.raised.message, seen.raised.told) == ("ValueError", "first", False)
+    assert seen.raised.exit_code == 93
 
 
 def test_no_reader_sees_half_of_a_record() -> None:

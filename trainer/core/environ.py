@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainer.core.errors import Problem, RefusedError
-from trainer.core.hostlist import expand_hostlist, expand_tasks_per_node
+from trainer.core.hostlist import expand_hostlist, expand_tasks_per_node, fills_hosts
 
 Launcher = Literal["local", "ssh", "torchrun", "deepspeed", "environment", "slurm", "openmpi", "mpich"]
 _RANK_LAUNCHERS: tuple[Launcher, ...] = (
@@ -187,7 +187,7 @@ def host_of_rank(environment: Mapping[str, str], rank: int) -> str | None:
 
     True of srun's default order, which fills one node after the other.
     """
-    if environment.get(LAUNCHER_VARIABLE) != "slurm" or environment.get("SLURM_DISTRIBUTION", "block")[:5] != "block":
+    if environment.get(LAUNCHER_VARIABLE) != "slurm" or not fills_hosts(environment.get("SLURM_DISTRIBUTION")):
         return None
     try:
         hosts = expand_hostlist(environment.get("SLURM_STEP_NODELIST", ""))

@@ -60,6 +60,11 @@ def _split(text: str) -> list[str]:
     return names
 
 
+def fills_hosts(distribution: str | None) -> bool:
+    """Return whether ranks fill one host after the other, as srun does by default: SLURM_DISTRIBUTION."""
+    return (distribution or "block").partition(":")[0] == "block"
+
+
 def _expand_name(name: str) -> list[str]:
     pieces: list[list[str]] = []
     end, count = 0, 1

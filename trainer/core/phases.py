@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from trainer.core import faults
+from trainer.core.errors import EXIT_FAILURE
 
 Phase = Literal["start", "load", "data", "forward", "backward", "optimizer", "log", "evaluate", "save", "stop"]
 _PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -86,6 +87,8 @@ class Raised:
     """Hosts that it says are not to be trusted."""
     told: bool
     """Whether the rank tells the user by itself, in words that are meant for him."""
+    exit_code: int
+    """That the rank means to end with; what it does until then may hang."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Board:
         self._progress = _Section("dIqid192s", 0)
         self._collective = _Section("d48s64sQQ?", self._progress.end)
         self._reading = _Section("d256s", self._collective.end)
-        self._raised = _Section("d128s2048s6144s512s512s?", self._reading.end)
+        self._raised = _Section("d128s2048s6144s512s512s?i", self._reading.end)
         self._tick = _Section("d?", self._raised.end)
         self._start_seconds, self._slow_seconds = start_seconds, slow_seconds
         self._longest: dict[Phase, float] = {}
@@ -203,6 +206,7 @@ class Board:
         told: bool,
         blamed_ranks: Sequence[int] = (),
         blamed_hosts: Sequence[str] = (),
+        exit_code: int = EXIT_FAILURE,
     ) -> None:
         """Note what ends this rank. The first one counts: later ones are its consequences."""
         if self._raised.read(self._memory) is not None:
@@ -211,7 +215,7 @@ class Board:
         ranks = ",".join(map(str, blamed_ranks[:_MOST_BLAMED])).encode()
         hosts = ",".join(blamed_hosts[:_MOST_BLAMED]).encode()[:512]
         trace = traceback.encode(errors="replace")[-6144:]
-        self._raised.write(self._memory, time.time(), name, text, trace, ranks, hosts, told)
+        self._raised.write(self._memory, time.time(), name, text, trace, ranks, hosts, told, exit_code)
 
     def snapshot(self) -> Snapshot:
         """Return what was last written; to be called by the reader."""
@@ -267,11 +271,11 @@ class Board:
 
 
 def _raised(
-    at: float, name: bytes, text: bytes, trace: bytes, ranks: bytes, hosts: bytes, told: bool
+    at: float, name: bytes, text: bytes, trace: bytes, ranks: bytes, hosts: bytes, told: bool, code: int
 ) -> Raised:  # fmt: skip
     blamed = tuple(int(rank) for rank in _text(ranks).split(",") if rank)
     suspects = tuple(host for host in _text(hosts).split(",") if host)
-    return Raised(_text(name), _text(text), _text(trace), at, blamed, suspects, told)
+    return Raised(_text(name), _text(text), _text(trace), at, blamed, suspects, told, code)
 
 
 def _text(content: bytes) -> str:

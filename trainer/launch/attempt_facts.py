@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from trainer.checkpoint.layout import step_directories
-from trainer.core.hostlist import expand_hostlist, expand_tasks_per_node
+from trainer.core.hostlist import expand_hostlist, expand_tasks_per_node, fills_hosts
 from trainer.core.run_lock import holder
 from trainer.core.status_file import read_status, write_status
 
@@ -27,6 +27,8 @@ class JobPlace:
     nodes: str
     """Host list."""
     tasks_per_node: str = ""
+    distribution: str = ""
+    """How srun deals ranks out to nodes; empty: its default."""
 
     @classmethod
     def here(cls, environment: Mapping[str, str]) -> JobPlace:
@@ -37,6 +39,7 @@ class JobPlace:
             restart=int(restarts) if restarts.isdecimal() else 0,
             nodes=environment.get("SLURM_JOB_NODELIST", ""),
             tasks_per_node=environment.get("SLURM_TASKS_PER_NODE", ""),
+            distribution=environment.get("SLURM_DISTRIBUTION", ""),
         )
 
     def hosts(self) -> list[str]:
@@ -47,6 +50,8 @@ class JobPlace:
 
     def hosts_of_ranks(self) -> dict[int, str]:
         """Return the node of each rank; empty where it can't be told."""
+        if not fills_hosts(self.distribution):
+            return {}
         try:
             counts = expand_tasks_per_node(self.tasks_per_node)
         except ValueError:

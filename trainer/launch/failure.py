@@ -12,19 +12,18 @@ from typing import Any
 
 from trainer.core.environ import RankEnvironment
 from trainer.core.failure_file import reports_directory, write_failure
-from trainer.core.hostlist import expand_hostlist, expand_tasks_per_node
+from trainer.core.hostlist import expand_hostlist, expand_tasks_per_node, fills_hosts
 from trainer.core.private import file_mode
 from trainer.core.status_file import read_status, write_status
 from trainer.resilience.failure_summary import Failure, summarise
 from trainer.resilience.rank_report import RankReport, read_reports
 
 VERSION = 1
-_TOLD = "told"
 
 
 def hosts_of_ranks(ranks: RankEnvironment, environment: Mapping[str, str]) -> dict[int, str]:
-    """Return the host of each rank as SLURM says it; empty under other launchers."""
-    if ranks.launcher != "slurm":
+    """Return the host of each rank as SLURM says it; empty under other launchers and in other orders."""
+    if ranks.launcher != "slurm" or not fills_hosts(environment.get("SLURM_DISTRIBUTION")):
         return {}
     try:
         hosts = expand_hostlist(environment.get("SLURM_STEP_NODELIST", ""))
@@ -35,12 +34,15 @@ def hosts_of_ranks(ranks: RankEnvironment, environment: Mapping[str, str]) -> di
     return dict(enumerate(placed)) if len(placed) == ranks.world_size else {}
 
 
-def summarise_launch(run_directory: Path, launch: str, hosts: Mapping[int, str] | None = None) -> dict[str, Any] | None:
+def summarise_launch(
+    run_directory: Path, launch: str, hosts: Mapping[int, str] | None = None, since_ns: int = 0
+) -> dict[str, Any] | None:
     """Judge the reports of a launch, write RUN/failure.json and return its fields; None where no rank failed.
 
-    ``hosts`` names the host of each rank, as far as known. May be called again when more reports are there.
+    ``hosts`` names the host of each rank, as far as known. Reports before ``since_ns`` are passed over. May be called
+    again when more reports are there.
     """
-    reports = read_reports(reports_directory(run_directory, launch), launch)
+    reports = read_reports(reports_directory(run_directory, launch), launch, since_ns)
     failure = summarise(reports, hosts)
     if failure is None:
         return None
@@ -86,11 +88,9 @@ def to_json(failure: Failure, launch: str, reports: list[RankReport]) -> dict[st
     }  # fmt: skip
 
 
-def tell_once(run_directory: Path, fields: Mapping[str, Any], *, told: bool) -> None:
-    """Say cause and fix on stderr, if no other supervisor of the launch has. ``told``: the rank itself has."""
+def tell(run_directory: Path, fields: Mapping[str, Any], *, told: bool) -> None:
+    """Say cause and fix on stderr. ``told``: the rank itself has. Touches no file system."""
     directory = reports_directory(run_directory, str(fields["launch"]))
-    if not is_first(directory, _TOLD):
-        return
     lines = [f"trainer: what each rank did: {directory}"]
     if not (told and fields["class"] == "exception"):  # then the message that is there already says what to do
         lines.insert(0, f"trainer: {fields['class']}: {fields['fix']}")

@@ -7,12 +7,13 @@ import faulthandler
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.core.environ import RankEnvironment
 from trainer.core.logs import rank_log_path
-from trainer.core.phases import Board, Snapshot
+from trainer.core.phases import Board, Raised, Snapshot
 from trainer.core.redact import redacted_text
 from trainer.resilience.rank_report import Event, RankReport
 
@@ -62,8 +63,11 @@ class Examiner:
             return text.rpartition(")")[2].split()[0]
         return ""
 
-    def stacks(self, *, ask: bool) -> str:
-        """Return the stacks that the rank wrote: in a crash, or because it is asked to now. A stopped one goes on."""
+    def stacks(self, *, ask: bool, pause: Callable[[float], None] = time.sleep) -> str:
+        """Return the stacks that the rank wrote: in a crash, or because it is asked to now. A stopped one goes on.
+
+        ``pause`` is how to wait for so many seconds.
+        """
         if ask:
             before = self._written()
             with contextlib.suppress(ProcessLookupError):
@@ -71,7 +75,7 @@ class Examiner:
                 os.kill(self._pid, signal.SIGCONT)
             end, seen = time.monotonic() + _STACKS_SECONDS, before
             while time.monotonic() < end:
-                time.sleep(0.1)
+                pause(0.1)
                 now = self._written()
                 if now > before and now == seen:
                     break
@@ -87,8 +91,12 @@ class Examiner:
         state: str = "",
         stalled_seconds: float = 0.0,
         ended: int | None = None,
+        log_tail: str = "",
     ) -> RankReport:
-        """Return what there is to say; ``ended`` is the exit code, negative for a signal."""
+        """Return what there is to say; ``ended`` is the exit code, negative for a signal.
+
+        Touches no file but those of /proc and /sys: ``log_tail`` is for the caller to read.
+        """
         place, call, raised = self._place, snapshot.collective, snapshot.raised
         silent = time.monotonic() - snapshot.ticked_at if snapshot.ticked_at else 0.0
         return RankReport(
@@ -112,7 +120,7 @@ class Examiner:
             stalled_seconds=stalled_seconds,
             process_state=state,
             lock_held=ended is None and state in ("R", "S", "D") and silent > LOCK_SECONDS,
-            exit_code=ended if ended is not None and ended >= 0 else None,
+            exit_code=_exit_code(ended, raised),
             signal=signal_name(-ended) if ended is not None and ended < 0 else "",
             out_of_memory=ended is not None and oom_kills() > self._oom_kills,
             exception_type=raised.type if raised else "",
@@ -120,13 +128,13 @@ class Examiner:
             exception_unix=raised.time_unix if raised else 0.0,
             blamed_ranks=tuple(map(str, raised.blamed_ranks)) if raised else (),
             blamed_hosts=raised.blamed_hosts if raised else (),
-            log_tail=self._log_tail() if ended is not None else "",
+            log_tail=log_tail,
         )
 
     def _written(self) -> int:
         return os.fstat(self._stacks).st_size
 
-    def _log_tail(self) -> str:
+    def log_tail(self) -> str:
         """Return the end of the rank's log, of this start alone."""
         with (
             contextlib.suppress(OSError),
@@ -136,6 +144,12 @@ class Examiner:
             text = log.read(_LOG_BYTES).decode(errors="replace")
             return redacted_text(text.rpartition("==== start ")[2] if "==== start " in text else text)
         return ""
+
+
+def _exit_code(ended: int | None, raised: Raised | None) -> int | None:
+    if ended is None:
+        return raised.exit_code if raised is not None else None
+    return ended if ended >= 0 else None
 
 
 def signal_name(number: int) -> str:

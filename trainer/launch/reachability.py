@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR
 _CONNECT_SECONDS = 2.0
@@ -20,11 +20,15 @@ class Listener:
     """Accepts connections on a free port until closed, and says nothing."""
 
     def __init__(self) -> None:
-        """Raises OSError."""
+        """Raises OSError; RuntimeError where no thread can be started."""
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self._socket.bind(("", 0))
         self._socket.listen(128)
-        threading.Thread(target=self._accept, name="reachability", daemon=True).start()
+        try:
+            threading.Thread(target=self._accept, name="reachability", daemon=True).start()
+        except RuntimeError:
+            self._socket.close()
+            raise
 
     @property
     def port(self) -> int:
@@ -74,10 +78,11 @@ def whom_to_ask(node: int, nodes: Sequence[int]) -> list[int]:
     return sorted(set(chosen) - {node})
 
 
-def unreachable(addresses: Mapping[str, str], until: float) -> list[str]:
+def unreachable(addresses: Mapping[str, str], until: float, pause: Callable[[float], None] = time.sleep) -> list[str]:
     """Return the hosts of which ``addresses`` (host → "address:port") can't be connected to by ``until`` (monotonic).
 
-    A host counts as reached once it was; all are tried at the same time, and again until the end.
+    A host counts as reached once it was; all are tried at the same time, and again until the end. ``pause`` is how to
+    wait for so many seconds.
     """
     reached: set[str] = set()
 
@@ -90,15 +95,16 @@ def unreachable(addresses: Mapping[str, str], until: float) -> list[str]:
             except OSError:
                 time.sleep(0.2)
 
-    threads: list[threading.Thread] = []
-    asked: list[str] = []
+    threads: dict[str, threading.Thread] = {}
     for host, place in addresses.items():
         address, _, port = place.rpartition(":")
         if port.isdecimal():
-            asked.append(host)
-            threads.append(threading.Thread(target=attempt, args=(host, address, int(port)), daemon=True))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, until - time.monotonic()) + _CONNECT_SECONDS)
-    return [host for host in asked if host not in reached]
+            thread = threading.Thread(target=attempt, args=(host, address, int(port)), daemon=True)
+            with contextlib.suppress(RuntimeError):  # no more threads: nothing can be said of this host
+                thread.start()
+                threads[host] = thread
+    # One end for all: a name that can't be resolved keeps its thread for as long as the resolver likes.
+    latest = until + _CONNECT_SECONDS
+    while any(thread.is_alive() for thread in threads.values()) and time.monotonic() < latest:
+        pause(0.05)
+    return [host for host in threads if host not in reached]

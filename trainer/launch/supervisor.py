@@ -11,11 +11,11 @@ import contextlib
 import ctypes
 import os
 import resource
-import shutil
+import select
 import signal
 import sys
-import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,30 +25,33 @@ from trainer.config.watchdog import WatchdogConfig
 from trainer.core import phases
 from trainer.core.environ import RankEnvironment
 from trainer.core.errors import EXIT_DO_NOT_RESTART, EXIT_FAILURE, EXIT_OK, EXIT_REFUSED, EXIT_REQUEUE
-from trainer.core.failure_file import reports_directory
 from trainer.core.lock_owner import Owner
 from trainer.core.phases import Board, Snapshot
-from trainer.core.private import GroupAccess, directory_mode, file_mode, keep_private
+from trainer.core.private import GroupAccess, keep_private
 from trainer.core.run_lock import lock_path
-from trainer.launch.failure import is_first, note_in_status, summarise_launch, tell_once, to_json
+from trainer.launch.failure import is_first, note_in_status, summarise_launch, tell, to_json
+from trainer.launch.launch_reports import JUDGED, TOLD, LaunchReports
 from trainer.launch.rank_examiner import Examiner, Place
 from trainer.launch.reachability import Listener, own_address, unreachable, whom_to_ask
+from trainer.launch.storage import Storage
 from trainer.resilience.failure_classes import is_echo
-from trainer.resilience.failure_summary import summarise
-from trainer.resilience.rank_report import Event, RankReport, read_reports, report_path, stacks_path, write_report
+from trainer.resilience.failure_summary import summarise_alone
+from trainer.resilience.rank_report import Event, RankReport
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.25
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+_AWAITED = {signal.SIGCHLD, *_FORWARDED}
 _UNREMARKABLE = (EXIT_OK, EXIT_REFUSED, EXIT_REQUEUE, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 """Ends that were asked for, or that the rank has explained as a refusal."""
-_STALE_SECONDS = 10.0
-"""Ranks of one launch start within this time; where SLURM names launches no two are called alike."""
-_KEPT_LAUNCHES = 20
+_SUSPENDED_SECONDS = 2.5
+"""A supervisor never waits for so long without looking at the clock."""
 _RANKS_A_SECOND = 100
 """How often all supervisors together look into the directory of reports."""
 _STORAGE_SECONDS = 10.0
 """A file system that does not answer must not keep a supervisor from ending its rank."""
+_REPORTS_A_SECOND = 50
+"""That a busy file system reads at least."""
 _KILL_SECONDS = 10.0
 """A process in an uninterruptible wait does not die; its supervisor then leaves without it."""
 
@@ -78,8 +81,10 @@ def become_rank(watched: Watched) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     supervisor_pid = os.getpid()
+    address = _address(watched.ranks)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, as some parents leave it, no end is to be had
     # Blocked, so that none is lost between fork and wait.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *_FORWARDED})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
     pid = os.fork()
     if pid == 0:
         _die_with(supervisor_pid)
@@ -89,9 +94,18 @@ def become_rank(watched: Watched) -> None:
     examiner.attach(pid)
     code = EXIT_FAILURE
     try:
-        code = _Supervisor(watched, board, examiner, pid).run()
+        code = _Supervisor(watched, board, examiner, pid, address).run()
+    except Exception:  # noqa: BLE001 - nobody above would show it
+        traceback.print_exc()
     finally:
         _end_as(code)
+
+
+def _address(ranks: RankEnvironment) -> str:
+    """Return where other nodes find this one, if this rank is to listen there; asked before anything can hang."""
+    if ranks.local_rank != 0 or ranks.world_size == ranks.local_world_size:
+        return ""
+    return own_address(os.environ, ranks.master_address)
 
 
 def _die_with(parent: int) -> None:
@@ -116,13 +130,29 @@ def _end_as(code: int) -> None:
     os._exit(code)
 
 
+def _signal_descriptor() -> int:
+    """Return a descriptor that can be read from while one of the awaited signals, which are blocked, is pending."""
+    c, mask = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(1024 // 8)
+    c.sigemptyset(mask)
+    for number in _AWAITED:
+        c.sigaddset(mask, int(number))
+    descriptor = c.signalfd(-1, mask, os.O_CLOEXEC)
+    if descriptor < 0:
+        raise OSError(ctypes.get_errno(), "signalfd")
+    return descriptor
+
+
 class _Supervisor:
-    def __init__(self, watched: Watched, board: Board, examiner: Examiner, pid: int) -> None:
+    def __init__(self, watched: Watched, board: Board, examiner: Examiner, pid: int, address: str) -> None:
         self._watched, self._board, self._examiner, self._pid = watched, board, examiner, pid
+        self._address = address
         self._settings = watched.settings
         self._rank, self._world_size = watched.ranks.rank, watched.ranks.world_size
-        self._directory = reports_directory(watched.run_directory, watched.launch)
+        self._reports = LaunchReports(
+            watched.run_directory, watched.launch, self._rank, unique=watched.ranks.launcher == "slurm"
+        )
         self._watching = True
+        self._complaints: set[str] = set()
         self._passed_on: set[int] = set()
         self._ended: int | None = None
         self._resumed_at = self._looked_at = time.monotonic()
@@ -130,58 +160,77 @@ class _Supervisor:
         self._raised_since: float | None = None
         self._report: RankReport | None = None
         self._listener: Listener | None = None
-        self._seen_directory = 0
         self._peers_asked_at = 0.0
         self._look_every_seconds = max(0.5, self._world_size / _RANKS_A_SECOND)
-        self._storage: threading.Thread | None = None
+        self._notice_seconds = max(self._settings.report_seconds, 1.0 + 2 * self._look_every_seconds)
+        """Others need so long at least to notice a report and write theirs: who left none by then counts as gone."""
+        self._signals = select.poll()
+        self._signals.register(_signal_descriptor(), select.POLLIN)
+        self._storage = Storage(lambda: self._wait(0.0))
 
     def run(self) -> int:
         """Return when the rank has ended or was killed: its exit code, negative for a signal."""
         keep_private(self._watched.group_access)
-        self._in_time(self._clear_old_reports, None)
+        self._in_time(self._reports.begin, None)
         while self._ended is None:
             self._wait(_POLL_SECONDS)
             if self._ended is None and self._watching and self._guarded(self._watch):
-                return EXIT_FAILURE
+                return self._code_of(EXIT_FAILURE)
         if self._ended not in _UNREMARKABLE and -self._ended not in self._passed_on:
             self._guarded(self._explain_end)
         return self._ended
 
-    def _in_time(self, action: Callable[[], T], otherwise: T) -> T:
+    def _in_time(self, action: Callable[[], T], otherwise: T, extra_seconds: float = 0.0) -> T:
         """Return what ``action`` reads or writes on the file system, ``otherwise`` if it fails or does not answer."""
-        found: list[T] = []
-
-        def act() -> None:
-            with contextlib.suppress(OSError):
-                found.append(action())
-
-        if self._storage is None or not self._storage.is_alive():
-            self._storage = threading.Thread(target=act, name="storage", daemon=True)
-            self._storage.start()
-            self._storage.join(_STORAGE_SECONDS)
-        return found[0] if found else otherwise
+        return self._storage.ask(action, otherwise, _STORAGE_SECONDS + extra_seconds)
 
     def _guarded(self, action: Callable[[], bool | None]) -> bool:
         """Return what ``action`` does; a fault of the watchdog must not end a training run."""
         try:
             return bool(action())
         except Exception as error:  # noqa: BLE001
-            self._watching = False
-            print(f"trainer: rank {self._rank}: the watchdog failed, training goes on: {error!r}", file=sys.stderr)
+            if not isinstance(error, RuntimeError):  # "can't start new thread" may be over soon
+                self._watching = False
+            if repr(error) not in self._complaints:
+                self._complaints.add(repr(error))
+                print(f"trainer: rank {self._rank}: the watchdog failed, training goes on: {error!r}", file=sys.stderr)
             return False
+
+    def _code_of(self, code: int) -> int:
+        """Return ``code``, or that of an exception which says not to restart: ending after it may hang or crash."""
+        raised = self._board.snapshot().raised
+        return EXIT_DO_NOT_RESTART if raised is not None and raised.exit_code == EXIT_DO_NOT_RESTART else code
 
     def _wait(self, seconds: float) -> None:
         """Wait for a signal and act on it: pass it on, or note that the rank has ended."""
-        got = signal.sigtimedwait({signal.SIGCHLD, *_FORWARDED}, seconds)
+        # sigtimedwait returns what it finds in memory if this process is stopped and goes on after the time is up.
+        self._signals.poll(seconds * 1000)
+        got = signal.sigtimedwait(_AWAITED, 0)
+        self._look_at_clock(seconds)
         if got is not None and got.si_signo != signal.SIGCHLD:
             self._passed_on.add(got.si_signo)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, got.si_signo)
+            self._kill(got.si_signo)
         if self._ended is None:
-            with contextlib.suppress(ChildProcessError):
+            try:
                 done, status = os.waitpid(self._pid, os.WNOHANG)
                 if done:
                     self._ended = os.waitstatus_to_exitcode(status)
+            except ChildProcessError:  # gone, and nobody can say how
+                self._ended = EXIT_FAILURE
+
+    def _look_at_clock(self, waited_seconds: float = 0.0) -> None:
+        """Notice that this process was suspended, with the job: the rank could not make progress either."""
+        now = time.monotonic()
+        if now - self._looked_at > _SUSPENDED_SECONDS + waited_seconds:
+            self._resumed_at = now
+            self._stopped_since = None
+        self._looked_at = now
+
+    def _kill(self, number: int) -> None:
+        """Send the rank a signal, while it is there: its number may belong to another process afterwards."""
+        if self._ended is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, number)
 
     def _pause(self, seconds: float) -> None:
         """Let time pass, as long as nothing happens that must be acted on; signals are passed on meanwhile."""
@@ -191,11 +240,8 @@ class _Supervisor:
 
     def _watch(self) -> bool:
         """Look at the rank once. Return True if it has been killed because it hangs."""
+        self._look_at_clock()
         now = time.monotonic()
-        if now - self._looked_at > 10 * _POLL_SECONDS:  # this process was suspended too, with the job or the laptop
-            self._resumed_at = now
-            self._stopped_since = None
-        self._looked_at = now
         snapshot, state = self._board.snapshot(), self._examiner.state()
         stalled = now - max(snapshot.changed_at, self._resumed_at)
         grace = self._settings.grace_seconds
@@ -211,23 +257,24 @@ class _Supervisor:
             return self._end_hang("stalled", snapshot, state, stalled)
         if self._report is None and now - self._peers_asked_at > self._look_every_seconds:
             self._peers_asked_at = now
-            if self._in_time(self._peer_failed, False):
+            if self._in_time(self._reports.peer_failed, False) and self._ended is None:
                 self._write("snapshot", snapshot, state, stalled, ask=state != "T")
         return False
 
     def _end_hang(self, event: Event, snapshot: Snapshot, state: str, stalled: float) -> bool:
         """Write what is known, let the others do the same, say who is the cause, and kill the rank."""
-        # The sentence is about the rank as it was found; a stopped one goes on for a moment to show its stacks.
-        self._write(event, snapshot, state, stalled, ask=True)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGSTOP)  # being asked may wake it (EINTR): it must not move on half judged
-        # At least as long as the others need to notice: who left no report counts as gone.
-        end = time.monotonic() + max(self._settings.report_seconds, 1.0 + 2 * self._look_every_seconds)
-        self._look_at_network(end)
-        self._pause(max(0.0, end - time.monotonic()))
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
-        self._judge(EXIT_FAILURE)
+        try:
+            # The sentence is about the rank as it was found; a stopped one goes on for a moment to show its stacks.
+            self._write(event, snapshot, state, stalled, ask=True)
+            self._kill(signal.SIGSTOP)  # being asked may wake it (EINTR): it must not move on half judged
+            end = time.monotonic() + self._notice_seconds
+            self._look_at_network(end)
+            self._pause(max(0.0, end - time.monotonic()))
+        except Exception as error:  # noqa: BLE001 - the rank must not stay as it is, whatever fails here
+            print(f"trainer: rank {self._rank}: the watchdog could not see all: {error!r}", file=sys.stderr)
+        finally:
+            self._kill(signal.SIGKILL)
+        self._guarded(lambda: self._judge(self._code_of(EXIT_FAILURE)))
         end = time.monotonic() + _KILL_SECONDS
         while self._ended is None and time.monotonic() < end:
             self._wait(0.1)
@@ -239,52 +286,41 @@ class _Supervisor:
         assert code is not None
         snapshot = self._board.snapshot()
         event: Event = "died" if code < 0 else "raised" if snapshot.raised is not None else "exited"
-        report = self._examiner.report(event, snapshot, ended=code)
+        tail = self._in_time(self._examiner.log_tail, "")
+        report = self._examiner.report(event, snapshot, ended=code, log_tail=tail)
         self._save(report, self._examiner.stacks(ask=False))
         echo = event == "raised" and is_echo(f"{report.exception_type}: {report.exception_message}")
         # All ranks may fail with the same words: the first of them judges, and rank 0, who may know more by then.
-        if self._rank == 0 or (not echo and self._in_time(lambda: is_first(self._directory, "judged"), True)):
-            end = time.monotonic() + self._settings.report_seconds
-            while time.monotonic() < end and self._in_time(self._num_reports, 0) < self._world_size:
+        if self._rank == 0 or (not echo and self._in_time(lambda: is_first(self._reports.directory, JUDGED), True)):
+            end = time.monotonic() + self._notice_seconds
+            while time.monotonic() < end and self._in_time(self._reports.count, 0) < self._world_size:
                 self._pause(max(0.1, self._look_every_seconds / 5))
-            self._judge(code if code == EXIT_DO_NOT_RESTART else EXIT_FAILURE)
+            self._judge(self._code_of(code if code == EXIT_DO_NOT_RESTART else EXIT_FAILURE))
 
     def _write(self, event: Event, snapshot: Snapshot, state: str, stalled: float, *, ask: bool = False) -> None:
         report = self._examiner.report(event, snapshot, state=state, stalled_seconds=max(0.0, stalled))
-        stacks = self._examiner.stacks(ask=ask)
-        if event != "raised" and self._watched.ranks.local_rank == 0:
-            with contextlib.suppress(OSError):
+        stacks = self._examiner.stacks(ask=ask and self._ended is None, pause=self._pause)
+        if event != "raised" and self._address:
+            with contextlib.suppress(OSError, RuntimeError):
                 self._listener = self._listener or Listener()
-                address = own_address(os.environ, self._watched.ranks.master_address)
-                report = replace(report, address=f"{address}:{self._listener.port}")
+                report = replace(report, address=f"{self._address}:{self._listener.port}")
         self._save(report, stacks)
 
     def _save(self, report: RankReport, stacks: str) -> None:
         raised = self._board.snapshot().raised
         self._report, stacks = report, stacks or (raised.traceback if raised is not None else "")
-        self._in_time(lambda: self._write_files(report, stacks), None)
-
-    def _write_files(self, report: RankReport, stacks: str) -> None:
-        if not self._watched.run_directory.is_dir():
-            return
-        self._directory.parent.mkdir(mode=directory_mode(), exist_ok=True)
-        self._directory.mkdir(mode=directory_mode(), exist_ok=True)
-        if stacks:
-            path, flags = stacks_path(self._directory, self._rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-            with open(os.open(path, flags, file_mode()), "w", encoding="utf-8") as file:
-                file.write(stacks)
-        write_report(self._directory, report)
+        self._in_time(lambda: self._reports.write(report, stacks), None)
 
     def _look_at_network(self, end: float) -> None:
         """Let the first supervisor of each node try to reach the others' until ``end``."""
         report = self._report
-        if report is None or not report.address or self._world_size == self._watched.ranks.local_world_size:
+        if report is None or not report.address:
             return
         self._pause(max(0.0, end - time.monotonic()) / 2)  # the others publish their addresses
-        found = self._in_time(lambda: read_reports(self._directory, self._watched.launch), [])
+        found = self._in_time(self._reports.read, [])
         reports = [other for other in found if other.address and other.rank != self._rank]
         asked = whom_to_ask(report.node_rank, [report.node_rank, *(r.node_rank for r in reports)])
-        failed = unreachable({r.host: r.address for r in reports if r.node_rank in asked}, end)
+        failed = unreachable({r.host: r.address for r in reports if r.node_rank in asked}, end, self._pause)
         if failed:
             self._save(replace(report, unreachable=tuple(failed)), "")
             self._pause(1.0)  # rank 0's supervisor reads it
@@ -292,24 +328,29 @@ class _Supervisor:
     def _judge(self, exit_code: int) -> None:
         """Say who is the cause, if that is this supervisor's part, and complete status.json."""
         report = self._report
-        assert report is not None
+        if report is None:  # it could not be made, and that has been said
+            return
         first_hand = report.event in ("died", "exited", "raised")
-        if not (first_hand or self._rank == 0 or self._in_time(self._is_lowest, True)):
+        if not (first_hand or self._rank == 0 or self._in_time(self._reports.is_lowest, True)):
             return
         holds = self._in_time(self._holder, None)
         if holds not in (None, self._pid):  # another job has the directory
             return
         directory, launch = self._watched.run_directory, self._watched.launch
-        fields = self._in_time(lambda: summarise_launch(directory, launch, self._watched.hosts), None)
-        if fields is None:  # nothing could be written or read: this rank's own part
-            failure = summarise([report])
+        since_ns, extra_seconds = self._reports.since_ns, self._world_size / _REPORTS_A_SECOND
+        fields = self._in_time(
+            lambda: summarise_launch(directory, launch, self._watched.hosts, since_ns), None, extra_seconds
+        )
+        if fields is None:  # nothing could be written or read in time: this rank's own part
+            failure = summarise_alone(report)
             fields = to_json(failure, launch, [report]) if failure is not None else None
         if fields is None:
             return
         snapshot = self._board.snapshot()
         raised = snapshot.raised
         told = raised is not None and raised.told and fields["rank"] == self._rank
-        self._in_time(lambda: tell_once(directory, fields, told=told), None)
+        if self._in_time(lambda: is_first(self._reports.directory, TOLD), True):
+            tell(directory, fields, told=told)
         if self._rank == 0 and (snapshot.started or holds == self._pid):
             echo = raised is not None and is_echo(f"{raised.type}: {raised.message}")
             cause = str(fields["cause"])
@@ -322,38 +363,3 @@ class _Supervisor:
         """Return the process that holds the run directory, None: nobody, or not known as this is not rank 0."""
         owner = Owner.parse(lock_path(self._watched.run_directory).read_bytes()) if self._rank == 0 else None
         return None if owner is None else owner.pid
-
-    def _is_lowest(self) -> bool:
-        """Return whether no rank before this one has left a report: its supervisor would have judged."""
-        return not any(report_path(self._directory, rank).exists() for rank in range(self._rank))
-
-    def _num_reports(self) -> int:
-        with contextlib.suppress(OSError):
-            return sum(name.startswith("rank-") and name.endswith(".json") for name in os.listdir(self._directory))
-        return 0
-
-    def _directory_changed(self) -> int:
-        with contextlib.suppress(OSError):
-            return self._directory.stat().st_mtime_ns
-        return 0
-
-    def _peer_failed(self) -> bool:
-        """Return whether another supervisor of this launch has written a report since the last look."""
-        changed = self._directory_changed()
-        if changed == self._seen_directory:
-            return False
-        self._seen_directory = changed
-        return self._num_reports() > 0
-
-    def _clear_old_reports(self) -> None:
-        """Delete reports of an earlier launch of the same name, and all but those of the newest launches."""
-        if self._rank != 0:
-            return
-        with contextlib.suppress(OSError):
-            unique = self._watched.ranks.launcher == "slurm"
-            if not unique and time.time() - self._directory.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(self._directory)
-                self._seen_directory = 0
-            launches = [path for path in self._directory.parent.iterdir() if path.is_dir() and not path.is_symlink()]
-            for path in sorted(launches, key=lambda path: path.stat().st_mtime)[:-_KEPT_LAUNCHES]:
-                shutil.rmtree(path)

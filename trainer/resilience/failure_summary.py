@@ -66,6 +66,24 @@ def summarise(reports: Sequence[RankReport], hosts: Mapping[int, str] | None = N
     return _unreachable(reports) or _missing(missing, hosts, reports) or _hanging(reports, raised)
 
 
+def summarise_alone(report: RankReport) -> Failure | None:
+    """Return what the report of one rank says where the others' can't be read; None where it did not fail."""
+    if report.event == "snapshot":
+        return None
+    if report.event in ("died", "exited"):
+        return _dead(report)
+    if report.event == "raised":
+        return _hanging([report], [report]) if _is_echo(report) else _raised(report, [], {report.rank: report.host})
+    if report.process_state == "T":
+        return _stopped(report)
+    if report.lock_held:
+        return _holding(report)
+    if report.in_collective:
+        fix = "the run directory did not answer in time, so that what the other ranks did is not known: check its mount"
+        return _failure(report, Kind("hang", fix), f"waits in {_call(report)}, in {where(report)}")
+    return _apart(report, [])
+
+
 def stacks_name(report: RankReport) -> str:
     """Return where the stacks of the rank are, below the run directory."""
     return f"failures/{report.launch}/rank-{report.rank:05d}.stacks.txt"

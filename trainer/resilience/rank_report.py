@@ -80,11 +80,13 @@ def write_report(directory: Path, report: RankReport) -> None:
     replace_text(report_path(directory, report.rank), json.dumps(content, indent=1) + "\n")
 
 
-def read_reports(directory: Path, launch: str) -> list[RankReport]:
-    """Return the sound reports of ``launch`` in rank order; what can't be read is passed over."""
+def read_reports(directory: Path, launch: str, since_ns: int = 0) -> list[RankReport]:
+    """Return the sound reports of ``launch`` in rank order; what can't be read, or is older, is passed over."""
     found: dict[int, RankReport] = {}
     for path in sorted(directory.glob("rank-*.json")):
         try:
+            if since_ns and path.stat().st_mtime_ns < since_ns:
+                continue
             report = _parse(json.loads(path.read_bytes()))
         except (OSError, ValueError, RecursionError):
             continue

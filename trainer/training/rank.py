@@ -137,6 +137,7 @@ def _train(
         parts.engine.close()
     except BaseException as error:
         note_exception(error)
+        _note_status(error, directory)  # before teardown, which may hang: the scheduler must know whether to restart
         raise
     finally:
         sinks.close()
@@ -176,11 +177,8 @@ def _report(error: BaseException, environment: RankEnvironment, directory: RunDi
     """Tell user, log and status.json what ended this rank; return its exit code."""
     note_exception(error)
     traceback.print_exception(error)
-    code = error.exit_code if isinstance(error, TrainerError) else EXIT_FAILURE
-    text = str(error) if isinstance(error, TrainerError) else f"{type(error).__name__}: {error}"
-    # A start that is refused leaves the status of the run it would have continued.
-    if directory is not None and (directory.started or not isinstance(error, RefusedError)):
-        directory.status(state="failed", exit_code=code, reason=text)
+    code, text = _code_and_words(error)
+    _note_status(error, directory)
     rank = f"rank {environment.rank}: " if environment.world_size > 1 and not isinstance(error, TrainerError) else ""
     # A lost connection is the echo of another rank's end.
     if not _is_echo(text) and not (environment.rank > 0 and _told_by_first_rank(log, text)):
@@ -188,6 +186,19 @@ def _report(error: BaseException, environment: RankEnvironment, directory: RunDi
         with contextlib.suppress(OSError):
             print(f"trainer: {rank}{text}{where}", file=log.error_stream, flush=True)
     return code
+
+
+def _code_and_words(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, TrainerError):
+        return error.exit_code, str(error)
+    return EXIT_FAILURE, f"{type(error).__name__}: {error}"
+
+
+def _note_status(error: BaseException, directory: RunDirectory | None) -> None:
+    """Say in status.json what ends the run; a start that is refused leaves that of the run it would have continued."""
+    if directory is not None and (directory.started or not isinstance(error, RefusedError)):
+        code, text = _code_and_words(error)
+        directory.status(state="failed", exit_code=code, reason=text)
 
 
 def note_exception(error: BaseException) -> None:
@@ -201,6 +212,7 @@ def note_exception(error: BaseException) -> None:
         told=isinstance(error, TrainerError),
         blamed_ranks=blamed[0],
         blamed_hosts=blamed[1],
+        exit_code=_code_and_words(error)[0],
     )
 
 
