@@ -79,6 +79,7 @@ def _train(
     from trainer.training.status_sink import StatusSink
 
     sinks, durations = Fanout([]), Durations()
+    parts: Parts | None = None
 
     def open_sinks(resume_step: int, restore_seconds: float) -> Fanout:
         nonlocal sinks
@@ -89,7 +90,8 @@ def _train(
             phases.board.note_started()
             made = build_sinks(recipe, directory.path, resume_step, derived.total_steps, log.console_stream)
             goodput = GoodputSink(directory.clock, lambda record: sinks.goodput(record))
-            status = StatusSink(directory, resume_step, derived.total_steps)
+            best = parts.state.best if parts is not None else None
+            status = StatusSink(directory, resume_step, derived.total_steps, best)
             sinks = Fanout([*made, goodput, status, DurationsSink(durations)])
         return sinks
 
