@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 import xxhash
 from safetensors import safe_open
 
-from trainer.checkpoint import layout
+from trainer.checkpoint import layout, select
+from trainer.checkpoint.agreement import Ranks
 from trainer.checkpoint.commit import Commit
 from trainer.checkpoint.sections import RANKS_WITH_FILES_OF_THEIR_OWN, Holding, Plan, make_plan
 from trainer.checkpoint.shard_file import ALIGNMENT, CHUNK_BYTES, Entry, Image, hash_file, streamed, write_section
@@ -142,6 +146,55 @@ def test_checkpoints_passed_over_as_damaged_push_no_good_ones_out(tmp_path: Path
     commit = Commit(tmp_path, "0001", CheckpointConfig(keep_last=2), lambda: None)
     commit.prune(15, ())
     assert [step for step, _ in layout.step_directories(tmp_path)] == [10, 15, 99]
+
+
+def committed(run: Path, text: str) -> Commit:
+    """Commit a checkpoint of step 9 without tensors whose manifest says ``text``."""
+    commit = Commit(run, "0001", CheckpointConfig(), lambda: None)
+    plan = make_plan([holding(entries_of(0))], "auto")
+    commit.reap()
+    commit.temporary(9).mkdir()
+    commit.commit(9, plan, [(4096, "0" * 16)], {"text": text})
+    return commit
+
+
+def held_text(run: Path) -> str:
+    return (layout.read_manifest(layout.step_directory(run, 9)) or {})["text"]
+
+
+@pytest.mark.parametrize("fault", ["kill", "eio"])
+def test_a_checkpoint_that_was_about_to_be_replaced_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    committed(tmp_path, "old")
+    monkeypatch.setenv("TRAINER_ALLOW_FAULTS", "1")
+    monkeypatch.setenv("TRAINER_FAULTS", f"checkpoint.in_replace:0:9:{fault}")
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(OSError):
+            committed(tmp_path, "new")
+        os._exit(0)
+    assert (os.waitpid(pid, 0)[1] == signal.SIGKILL) == (fault == "kill")
+    monkeypatch.delenv("TRAINER_FAULTS")
+    assert layout.step_directories(tmp_path) == []
+    alone = cast("Ranks", SimpleNamespace(rank=0, world_size=1, from_first=lambda value: value, gather=lambda v: [v]))
+    monkeypatch.setattr(select, "damaged_files", lambda *_: [])
+    assert select.choose(tmp_path, "auto", alone, print) == layout.step_directory(tmp_path, 9)
+    assert held_text(tmp_path) == "old"
+    Commit(tmp_path, "0002", CheckpointConfig(), lambda: None).reap()
+    committed(tmp_path, "new")
+    assert held_text(tmp_path) == "new"
+    assert [path.name for path in layout.checkpoints_directory(tmp_path).iterdir()] == ["step-00000009"]
+
+
+def test_a_failed_save_leaves_what_it_should_have_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = committed(tmp_path, "old")
+    monkeypatch.setenv("TRAINER_ALLOW_FAULTS", "1")
+    monkeypatch.setenv("TRAINER_FAULTS", "checkpoint.in_replace:0:9:eio")
+    with pytest.raises(OSError, match="injected"):
+        committed(tmp_path, "new")
+    commit.discard(9)
+    assert held_text(tmp_path) == "old"
 
 
 def test_memory_is_what_the_groups_of_a_job_leave(tmp_path: Path) -> None:

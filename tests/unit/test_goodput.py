@@ -222,6 +222,11 @@ def test_others_say_how_a_killed_attempt_ended(run: Path) -> None:
     (run / "failure.json").write_text(json.dumps(failure | {"time_unix": 900.0}))  # of an older failure
     (times,) = read_attempts(run)
     assert (times.end_unix, times.reason) == (1120.0, "the ranks ended without a word")  # said 50 years later
+    killed.slurm_job_id = "17"
+    write_times(run, killed)
+    for launch, reason in (("slurm-17-0-1", failure["cause"]), ("slurm-17-1-0", "the ranks ended without a word")):
+        (run / "failure.json").write_text(json.dumps(failure | {"launch": launch}))
+        assert read_attempts(run)[0].reason == reason, "the nodes of another start are no fault of this one"
     second.outcome, second.ended_unix = None, None
     (run / "status.json").unlink()
     write_times(run, second)

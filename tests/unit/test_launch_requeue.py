@@ -280,13 +280,15 @@ def test_attempt_that_died_without_a_word_is_noted_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(requeue, "nodes_of", lambda names: [Node("node2", "down*", frozenset())])
+    write_status(tmp_path, {"state": "running", "attempt": 4})
     for restart in range(4):
         place = JobPlace(job="17", restart=restart, nodes="node[1-2]")
         assert requeue.begin(tmp_path, place) == 0
     assert "node failure: node2" in capsys.readouterr().err
     assert [one.decision for one in restart_record.read(tmp_path)] == ["lost"] * 3 + ["running"]
     assert requeue.begin(tmp_path, JobPlace(job="17", restart=4, nodes="node[1-2]")) == 93
-    assert json.loads((tmp_path / "status.json").read_text())["exit_code"] == 93
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["exit_code"], status.get("attempt")) == (93, None), "no end of the start before"
 
 
 @pytest.fixture
@@ -332,3 +334,20 @@ def test_rest_of_a_chain_does_not_try_what_was_given_up(
 def test_decision_is_only_data() -> None:
     assert Decision("retry", "why", 1).restart
     assert not Decision("scheduler", "why", 1).restart
+
+
+def test_what_ended_before_its_ranks_started_is_no_end_of_the_start_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the wait in the queue would count as time of that start."""
+    Slurm(monkeypatch)
+    environment = tmp_path / "attempts" / "0004" / "environment.json"
+    environment.parent.mkdir(parents=True)
+    environment.write_text(json.dumps({"variables": {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "3"}}))
+    for restart in range(4):
+        restart_record.write(tmp_path, attempt("17", restart, "retry", 0))
+    for restart, said in ((4, None), (3, 4)):  # attempt 4 was of restart 3
+        write_status(tmp_path, {"state": "running", "attempt": 4})
+        settle(tmp_path, 1, JobPlace(job="17", restart=restart, nodes="node[1-2]"))
+        status = json.loads((tmp_path / "status.json").read_text())
+        assert (status["state"], status.get("attempt")) == ("failed", said)

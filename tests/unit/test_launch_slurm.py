@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
@@ -12,10 +13,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import recipe
 
+from trainer.config.deepspeed_json import builds_operations
+from trainer.config.run import Recipe
 from trainer.config.slurm import ContainerConfig
 from trainer.core.errors import RefusedError
-from trainer.launch.slurm import LaunchPlan, render
+from trainer.core.resources import resource_directory
+from trainer.launch.slurm import LaunchPlan, plan, render
 
 pytestmark = pytest.mark.fast
 ROOT = Path(__file__).resolve().parents[2]
@@ -338,3 +343,16 @@ def test_bash_hands_hostile_words_to_the_rank(tmp_path):
 if __name__ == "__main__":  # write the golden files: python tests/unit/test_launch_slurm.py
     for name, variant in VARIANTS.items():
         (GOLDEN / f"{name}.sbatch.txt").write_text(render(variant), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("base", "seconds"), [("zero1", 210), ("zero3_offload_nvme", 1410)])
+def test_check_of_the_nodes_has_time_to_compile(base, seconds):
+    made = Recipe.model_validate(recipe(launch={"launcher": "slurm", "slurm": {"nodes": 2, "time": "30"}}))
+    values = json.loads((resource_directory("ds_configs") / f"{base}.json").read_text())
+    script = render(
+        plan(
+            made, command=("train",), python="/usr/bin/python3", working_directory=Path("/w"),
+            run_directory=Path("/w/r"), node_check=("check",), builds=builds_operations(values),
+        )
+    )  # fmt: skip
+    assert f"timeout --kill-after=10 {seconds} srun " in script

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,3 +77,42 @@ def test_what_a_host_is_told():
     ]
     assert places == [[0, 2, 0, 3, "one"], [2, 1, 1, 3, "one"]]
     assert "secret" not in json.dumps([one, two])
+
+
+RUN = """
+import sys
+from trainer.config.hostfile import Host
+from trainer.launch.ssh import run_hosts
+sys.exit(run_hosts([Host("here", (0,))], [sys.executable, "-c", sys.argv[1]]))
+"""
+RANK = """
+import os, signal, sys, time
+seen = []
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, lambda number, frame: seen.append(signal.Signals(number).name))
+print("ready", flush=True)
+while not seen:
+    time.sleep(0.01)
+print("saved after", *seen, flush=True)
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1])
+def test_every_stop_signal_reaches_ranks_elsewhere(tmp_path: Path, signum: signal.Signals) -> None:
+    stand_in = tmp_path / "ssh"
+    stand_in.write_text('#!/bin/sh\nwhile [ "$1" != -- ]; do shift; done\nshift 2\nexec sh -c "$*"\n')
+    stand_in.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    launched = subprocess.Popen(
+        [sys.executable, "-c", RUN, RANK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    try:
+        assert launched.stdout is not None
+        assert launched.stdout.readline() == "ready\n"
+        launched.send_signal(signum)
+        said, errors = launched.communicate(timeout=20)
+        assert (launched.returncode, said) == (75, f"saved after {signum.name}\n"), errors
+    finally:
+        launched.kill()

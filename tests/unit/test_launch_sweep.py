@@ -8,7 +8,10 @@ import os
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import write_recipe, write_world
+from typer.testing import CliRunner
 
+from trainer.cli.main import app
 from trainer.config.load import read_mapping
 from trainer.core.errors import Problem, RecipeError, RefusedError
 from trainer.launch.finished import finished_since_submission
@@ -149,3 +152,22 @@ def test_dependency(after, singleton, expected):
 def test_bad_dependency_is_refused(after):
     with pytest.raises(RefusedError, match="--after"):
         dependency(after)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--sweep", "run.seed=1,2"]])
+def test_a_stopped_run_is_not_submitted(tmp_path, monkeypatch, arguments):
+    """Its job would wait for its nodes, and end at once."""
+    write_world(tmp_path)
+    slurm = {"time": "30", "gpus_per_node": 0}
+    path = write_recipe(tmp_path, run={"directory": str(tmp_path / "run")}, launch={"processes": 2, "slurm": slurm})
+    stopped = tmp_path / "run" / "tiny-0002" if arguments else tmp_path / "run"
+    stopped.mkdir(parents=True)
+    (stopped / "stop").touch()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    submitted = CliRunner().invoke(app, ["submit", str(path), *arguments])
+    assert isinstance(submitted.exception, RefusedError)
+    assert submitted.exception.exit_code == 2
+    assert f"{stopped / 'stop'} exists" in str(submitted.exception)
+    assert "remove it" in str(submitted.exception)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -21,6 +21,7 @@ from trainer.allocation.judge import Judge, Stop
 from trainer.allocation.pairs import rounds
 from trainer.allocation.reach import Door, unreachable
 from trainer.allocation.report import failure_fields, report
+from trainer.config.deepspeed_json import BUILD_SECONDS, builds_operations
 from trainer.config.launch import PreflightConfig
 from trainer.config.run import Recipe
 from trainer.core.environ import RankEnvironment, host_of_rank
@@ -29,8 +30,6 @@ from trainer.core.failure_file import launch_name, write_failure
 from trainer.core.private import make_run_directory
 
 _CONNECT_SECONDS = 5.0
-_BUILD_SECONDS = 1200.0
-"""Compiling DeepSpeed's async_io took five minutes on two cores."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class _Rank:
 
     def run(self, say: Callable[[str], None]) -> int:
         """Take part and return the exit code, the same on all ranks that can be reached."""
-        seconds = self.settings.seconds + (_BUILD_SECONDS if self._builds() else 0.0)
+        seconds = self.settings.seconds + (BUILD_SECONDS if builds_operations(self.candidate.deepspeed) else 0)
         try:
             board = Board(self.place, self.settings.seconds / 2, seconds)
         except (OSError, RuntimeError) as error:
@@ -106,16 +105,11 @@ class _Rank:
         board.exchange("collectives", _attempt(lambda: self._measure(board, ranks_of)), judge.measured)
 
     def _build(self) -> dict[str, Any]:
-        if not self._builds():
+        if not builds_operations(self.candidate.deepspeed):
             return {"names": []}
         from trainer.engine.operations import build_operations  # loads DeepSpeed: seconds
 
         return {"names": build_operations(self.candidate.deepspeed)}
-
-    def _builds(self) -> bool:
-        zero: Any = self.candidate.deepspeed.get("zero_optimization") or {}
-        sections = [zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}]
-        return any(section.get("device") == "nvme" for section in sections)
 
     def _measure(self, board: Board, ranks_of: list[list[int]]) -> dict[str, Any]:
         # Time for the verdict must be left when a collective has run into its limit.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -33,8 +34,11 @@ class Commit:
         """Delete what interrupted saves left. Raises OSError if the directory of checkpoints can't be made."""
         layout.checkpoints_directory(self._run).mkdir(mode=directory_mode(), parents=True, exist_ok=True)
         delete_leftovers(layout.checkpoints_directory(self._run))
+        put_back(self._run)
         for leftover in layout.temporary_directories(self._run):
-            shutil.rmtree(leftover, ignore_errors=True)
+            step = layout.parse_replaced_name(leftover.name)
+            if step is None or self.directory(step).exists():  # else it is the only one of its step
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def directory(self, step: int) -> Path:
         """Return where the checkpoint of ``step`` will be."""
@@ -75,9 +79,10 @@ class Commit:
         write_durably(path, layout.manifest_text(manifest(step, plan, written, facts)))
         fsync_directory(temporary)
         faults.reach("checkpoint.before_rename", rank=0, step=step, path=path)
-        if final.exists():  # a damaged one of this step, passed over at resume; the new one replaces it
-            aside = temporary.with_name(temporary.name + "-replaced")
+        if final.exists():  # damaged and passed over at resume, or what a rewind went back to: the new one replaces it
+            aside = layout.replaced_directory(temporary)
             final.rename(aside)
+            faults.reach("checkpoint.in_replace", rank=0, step=step)
             temporary.rename(final)
             shutil.rmtree(aside, ignore_errors=True)
         else:
@@ -114,8 +119,23 @@ class Commit:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def discard(self, step: int) -> None:
-        """Delete what was written of a checkpoint that failed."""
+        """Delete what was written of a checkpoint that failed; the one that it should have replaced stays."""
+        put_back(self._run)
         shutil.rmtree(self.temporary(step), ignore_errors=True)
+
+
+def put_back(run_directory: Path) -> None:
+    """Give checkpoints their name again that were about to be replaced when the save was killed, or failed.
+
+    To be called by the only writer of the run, before anybody looks for checkpoints. What can't be renamed stays.
+    """
+    for aside in reversed(layout.temporary_directories(run_directory)):
+        step = layout.parse_replaced_name(aside.name)
+        if step is None or (final := layout.step_directory(run_directory, step)).exists():
+            continue
+        with contextlib.suppress(OSError):
+            aside.rename(final)
+            fsync_directory(final.parent)
 
 
 def manifest(step: int, plan: Plan, written: Sequence[tuple[int, str]], facts: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ MANIFEST_BYTES = 2**29
 
 _STEP_NAME = re.compile(r"step-([0-9]{8,18})")
 _TEMPORARY_NAME = re.compile(r"\.step-([0-9]{8,18})\.tmp-.+")
+_REPLACED = "-replaced"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 _OWN_HASH = "manifest_xxh3_64"
@@ -67,6 +68,17 @@ def step_directory(run_directory: Path, step: int) -> Path:
 def temporary_directory(run_directory: Path, step: int, attempt: str) -> Path:
     """Return where the checkpoint of ``step`` is written before it is committed: .step-00000050.tmp-<attempt>."""
     return checkpoints_directory(run_directory) / f".{step_name(step)}.tmp-{attempt}"
+
+
+def replaced_directory(temporary: Path) -> Path:
+    """Return where the checkpoint waits that is replaced by the one in ``temporary``, between two renames."""
+    return temporary.with_name(temporary.name + _REPLACED)
+
+
+def parse_replaced_name(name: str) -> int | None:
+    """Return the step of a name that :func:`replaced_directory` makes, None if it is none."""
+    match = _TEMPORARY_NAME.fullmatch(name) if name.endswith(_REPLACED) else None
+    return int(match.group(1)) if match else None
 
 
 def temporary_directories(run_directory: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from trainer.checkpoint import layout
 from trainer.checkpoint.agreement import Ranks
+from trainer.checkpoint.commit import put_back
 from trainer.checkpoint.locate import newest_or_refuse
 from trainer.checkpoint.verify import damaged_files
 from trainer.core.errors import CheckpointError, Problem, RecipeError
@@ -21,6 +22,8 @@ def choose(
     Damaged ones are passed over, aloud. Raises RecipeError where ``resume`` forbids what is found, CheckpointError
     where checkpoints are there but all are damaged: starting over would bury them.
     """
+    if ranks.rank == 0:
+        put_back(run_directory)
     found, pointer = ranks.from_first((_step_directories(run_directory), _wrong_pointer(run_directory)))
     if resume == "never" and found:
         raise RecipeError(

@@ -24,6 +24,7 @@ import numpy
 import torch
 import xxhash
 
+from trainer.core import phases
 from trainer.core.private import file_mode
 
 DTYPES = {
@@ -221,5 +222,6 @@ def hash_file(path: Path, sizes: Sequence[int] | None = None) -> list[str]:
             while left and (chunk := file.read(min(CHUNK_BYTES, left))):
                 digest.update(chunk)
                 left -= len(chunk)
+                phases.board.advance()  # a start may hash for hours
             found.append(digest.hexdigest())
     return found

@@ -7,6 +7,7 @@ same happens on a thread of every rank, over connections of its own, from a copy
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
@@ -29,6 +30,9 @@ from trainer.core.errors import CheckpointError
 from trainer.core.units import format_bytes
 from trainer.engine.base import StateSlice
 
+_LOOK_SECONDS = 1.0
+"""Between two looks at whether the save that is waited for moves on."""
+
 
 def slice_key(name: str, key: str) -> str:
     """Return the name of a slice inside a shard."""
@@ -44,7 +48,7 @@ class Saved:
     num_bytes: int
     """Of all ranks."""
     blocked_seconds: float
-    """That training stood still for this save, waiting for the one before included."""
+    """That training stood still for this save, waiting for its end included."""
     seconds: float
     """From the call until all was durable."""
     error: str | None = None
@@ -177,6 +181,11 @@ class CheckpointWriter:
         saved.blocked_seconds = time.perf_counter() - started
         return None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight, or how it ended has not been asked."""
+        return self._thread is not None
+
     def finished(self) -> Saved | None:
         """Return how the save in flight ended, None while it has not; does not wait. Not the same on every rank."""
         return self._in_flight if self._thread is not None and not self._thread.is_alive() else None
@@ -185,8 +194,13 @@ class CheckpointWriter:
         """Wait for the save in flight and return how it ended, None if there is none (or it takes too long)."""
         if self._thread is None:
             return None
-        started = time.perf_counter()
-        self._thread.join(timeout_seconds)
+        started, seen = time.perf_counter(), phases.board.advances_beside
+        end = math.inf if timeout_seconds is None else started + timeout_seconds
+        while self._thread.is_alive() and (left := end - time.perf_counter()) > 0:
+            self._thread.join(min(_LOOK_SECONDS, left))
+            if phases.board.advances_beside != seen:  # waiting for a thread that is stuck is no progress
+                seen = phases.board.advances_beside
+                phases.board.advance()
         if self._thread.is_alive():
             return None
         saved, self._thread, self._in_flight = self._in_flight, None, None
@@ -268,12 +282,12 @@ class CheckpointWriter:
             faults.reach("checkpoint.before_shard", rank=rank, step=step, path=path)
             image = self._image
             chunks = image.chunks() if image else streamed(self._section.header, [*entries, *self._padding()])
-            written = write_section(
-                path,
-                self._section.start,
-                chunks,
-                lambda: faults.reach("checkpoint.in_shard", rank=rank, step=step, path=path),
-            )
+
+            def after_chunk() -> None:
+                phases.board.advance()
+                faults.reach("checkpoint.in_shard", rank=rank, step=step, path=path)
+
+            written = write_section(path, self._section.start, chunks, after_chunk)
             faults.reach("checkpoint.shard_written", rank=rank, step=step, path=path)
         except Exception as failure:  # noqa: BLE001 - whatever it is, the others are waiting for this rank's word
             return str(failure) if str(path) in str(failure) else f"{path.name}: {failure}"

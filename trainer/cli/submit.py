@@ -78,13 +78,15 @@ def submit(
 
 
 def _plan(recipe: Path, settings: list[str], site: Profile | None, tasks: int | None) -> tuple[Recipe, LaunchPlan]:
+    from trainer.config.deepspeed_json import builds_operations
     from trainer.core.errors import RecipeError
     from trainer.launch.hub_files import not_cached
     from trainer.launch.slurm import plan
     from trainer.preflight.check import prepare
 
     # launch.launcher=slurm: at the size that SLURM is asked for
-    checked = prepare(recipe, settings, None, site.under if site else None).recipe
+    prepared = prepare(recipe, settings, None, site.under if site else None)
+    checked = prepared.recipe
     if not checked.launch.slurm.online and (problems := not_cached(checked)):
         raise RecipeError(problems, title=f"{recipe} refused")
     shared = settings + (site.for_ranks(checked.launch.slurm) if site else [])
@@ -92,6 +94,7 @@ def _plan(recipe: Path, settings: list[str], site: Profile | None, tasks: int | 
         checked,
         command=(_python(checked), "-m", "trainer", "train", os.path.abspath(recipe), *shared),
         node_check=(_python(checked), "-m", "trainer", "check", os.path.abspath(recipe), *shared, "--on-node"),
+        builds=builds_operations(prepared.deepspeed),
         python=sys.executable,
         working_directory=Path.cwd(),
         run_directory=Path(os.path.abspath(checked.run.directory)),
@@ -106,7 +109,7 @@ def _submit_sweep(
     import dataclasses
 
     from trainer.core.errors import RefusedError
-    from trainer.launch.submit import make_submittable
+    from trainer.launch.submit import make_submittable, refuse_stopped
     from trainer.launch.sweep import plan_sweep, read_axes
     from trainer.launch.sweep_file import write_sweep
     from trainer.preflight.check import prepare
@@ -133,6 +136,7 @@ def _submit_sweep(
         sweep=True,
     )
     if not dry_run:
+        refuse_stopped([plan.run_directory / task.name for task in found.tasks])
         make_submittable(plan.run_directory, checked.run.group_access)
         write_sweep(plan.run_directory, found)
     for task in found.tasks:
@@ -146,8 +150,8 @@ def _hand_over(
 ) -> None:
     """Render the script and submit it, or show it."""
     from trainer.launch.slurm import render
+    from trainer.launch.submit import refuse_stopped, submit_chain, write_script
     from trainer.launch.submit import submit as submit_job
-    from trainer.launch.submit import submit_chain, write_script
 
     script = render(plan)
     if site:
@@ -155,6 +159,7 @@ def _hand_over(
     if dry_run:
         typer.echo(script, nl=False)
         return
+    refuse_stopped([plan.run_directory])
     path = write_script(plan.run_directory, script, checked.run.group_access)
     if plan.array is None:
         ids = submit_chain(path, jobs, waits_for)

@@ -23,6 +23,8 @@ SMALLEST_BUCKET = 1_000_000
 SMALLEST_BUFFER = 1_000_000
 # Literal values of DeepSpeed's own, not ours to fill.
 LITERAL_AUTO = {"data_types.keep_in_fp32_modules"}
+# That DeepSpeed's operations may take to compile: async_io took five minutes on two cores.
+BUILD_SECONDS = 1200
 
 
 def resolve_deepspeed(recipe: Recipe, derived: Derived) -> dict[str, Any]:
@@ -35,6 +37,12 @@ def resolve_deepspeed(recipe: Recipe, derived: Derived) -> dict[str, Any]:
     if resolved is None or problems:
         raise RecipeError(problems, title=f"DeepSpeed JSON {recipe.deepspeed.base} refused")
     return resolved
+
+
+def builds_operations(values: Mapping[str, Any]) -> bool:
+    """Return whether a run with this resolved JSON needs operations that DeepSpeed compiles."""
+    sections = ("offload_optimizer", "offload_param")
+    return any(value_at(values, f"zero_optimization.{section}.device") == "nvme" for section in sections)
 
 
 def deepspeed_problems(recipe: Recipe, derived: Derived | None) -> list[Problem]:

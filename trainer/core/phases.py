@@ -139,6 +139,8 @@ class Board:
         """Spent inside collectives of steps since the start. On GPUs they return before they are done."""
         self.quiet_threads: set[int] = set()
         """Threads whose collectives say nothing of the training loop."""
+        self.advances_beside = 0
+        """Signs of progress of those threads: chunks that they have written."""
         self.mark("start")
 
     def beat(self, rank: int) -> None:
@@ -167,10 +169,24 @@ class Board:
         if step is not None:
             self._step = step
         allowed = self._allowed(phase) if allowed_seconds is None else allowed_seconds
-        place = _PHASES.index(phase)
-        self._progress.write(self._memory, now, place, self._step, micro_batch, allowed, detail.encode()[:192])
+        self._marked = (_PHASES.index(phase), self._step, micro_batch, allowed, detail.encode()[:192])
+        self._progress.write(self._memory, now, *self._marked)
         if self._beating:
             faults.reach(f"phase.{phase}", rank=self._rank, step=self._step)
+
+    def advance(self) -> None:
+        """Say that what was marked last takes long and moves on: a chunk was written, a file or block was checked.
+
+        On a quiet thread only count it: whoever waits for that thread tells (`mark` and this have one writer).
+        """
+        if self.quiet_threads and threading.get_ident() in self.quiet_threads:
+            self.advances_beside += 1
+        else:
+            self._progress.write(self._memory, time.monotonic(), *self._marked)
+
+    def patience(self, longest_seconds: float) -> float:
+        """Return what is allowed where so long was the longest so far, 0 if there was none."""
+        return max(self._start_seconds, _SLOWER * longest_seconds)
 
     def enter(self, name: str, group: str, elements: int) -> _Call | None:
         """Note that a collective begins; give what is returned to `leave`."""

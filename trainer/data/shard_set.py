@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.core import phases
 from trainer.core.errors import DataError, Problem
 from trainer.data.shard_files import FileCache
 from trainer.data.shard_manifest import FORMAT, SetManifest, SetMember
@@ -191,8 +192,11 @@ class ShardSet:
         """
         failed: list[tuple[int, int, str]] = []
         for number, (shard, block) in enumerate(self._blocks(full)):
-            if number % world_size == rank and (message := self._check_block(shard, block)) is not None:
+            if number % world_size != rank:
+                continue
+            if (message := self._check_block(shard, block)) is not None:
                 failed.append((shard, block, message))
+            phases.board.advance()  # all blocks of a large source take long
         return failed
 
     def sample_ids(self, limit: int) -> None:

@@ -94,8 +94,14 @@ def newest_step(run_directory: Path) -> int:
     return max((step for step, _ in step_directories(run_directory)), default=0)
 
 
-def say_failed(run_directory: Path, exit_code: int, reason: str) -> None:
-    """Write into status.json how a run ended that could not say so itself, unless a process still trains there."""
-    if holder(run_directory, watch=False) is None:
-        fields = read_status(run_directory) or {}
-        write_status(run_directory, {**fields, "state": "failed", "exit_code": exit_code, "reason": reason})
+def say_failed(run_directory: Path, exit_code: int, reason: str, *, ranks_started: bool) -> None:
+    """Write into status.json how a run ended that could not say so itself, unless a process still trains there.
+
+    Without ``ranks_started`` it is the end of no start of the run: the newest ended earlier, before a wait perhaps.
+    """
+    if holder(run_directory, watch=False) is not None:
+        return
+    fields = read_status(run_directory) or {}
+    if not ranks_started:
+        fields.pop("attempt", None)
+    write_status(run_directory, {**fields, "state": "failed", "exit_code": exit_code, "reason": reason})

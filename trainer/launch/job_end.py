@@ -174,7 +174,8 @@ class JobEnd:
         )
         silent = status is not None and facts.status_code is None and not facts.finished
         if given_up or silent:
-            say_failed(self.run_directory, decision.exit_code, decision.reason)
+            started = status is not None
+            say_failed(self.run_directory, decision.exit_code, decision.reason, ranks_started=started)
 
     def _leave_out_nodes(self, job: JobFacts) -> None:
         """Let the job, which is in the queue again, avoid nodes that the run failed on."""

@@ -16,7 +16,7 @@ from trainer.core.environ import PARENT_VARIABLE, RankEnvironment, export
 from trainer.core.errors import EXIT_DO_NOT_RESTART, EXIT_FAILURE, EXIT_OK, EXIT_REFUSED, EXIT_REQUEUE
 from trainer.launch.ports import free_port
 
-_FORWARDED = (
+FORWARDED = (
     # The ranks have a session of their own: the terminal's Ctrl-C and hang-up reach the launcher only. Every rank
     # answers by saving, and status.json says whether it was a person who asked.
     signal.SIGINT,
@@ -25,6 +25,7 @@ _FORWARDED = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
+"""What is passed on, here and to other hosts."""
 _SAME_SIGNAL_SECONDS = {signal.SIGINT: 0.1, signal.SIGTERM: 0.5}
 """A repeat within this time is the same request: process managers and SLURM deliver one stop several times."""
 _POLL_SECONDS = 0.05
@@ -128,9 +129,9 @@ class _Launcher:
         def note(signum: int, _frame: FrameType | None) -> None:
             self.pending.append((signal.Signals(signum), time.monotonic()))
 
-        previous = {signum: signal.getsignal(signum) for signum in _FORWARDED}
+        previous = {signum: signal.getsignal(signum) for signum in FORWARDED}
         # nohup means: outlive the terminal.
-        caught = [s for s in _FORWARDED if not (s is signal.SIGHUP and previous[s] is signal.SIG_IGN)]
+        caught = [s for s in FORWARDED if not (s is signal.SIGHUP and previous[s] is signal.SIG_IGN)]
         for signum in caught:
             signal.signal(signum, note)
         try:

@@ -60,7 +60,7 @@ def begin(run_directory: Path, place: JobPlace) -> int:
     if lost and count > MAXIMUM_WITHOUT_PROGRESS:
         reason = no_progress(count - 1, step, "the batch script was killed, or its node died")
         _say(f"job {place.job} not started: {reason}")
-        say_failed(run_directory, EXIT_DO_NOT_RESTART, reason)
+        say_failed(run_directory, EXIT_DO_NOT_RESTART, reason, ranks_started=False)
         attempt = dataclasses.replace(
             attempt, decision="stop", reason=reason, exit_code=EXIT_DO_NOT_RESTART, time_unix=time.time()
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from trainer.config.deepspeed_json import BUILD_SECONDS
 from trainer.config.run import Recipe
 from trainer.config.slurm import ContainerConfig, has_control_characters, slurm_problems
 from trainer.core.errors import Problem, RefusedError
@@ -113,11 +114,11 @@ class LaunchPlan:
 
 def plan(
     recipe: Recipe, *, command: tuple[str, ...], python: str, working_directory: Path, run_directory: Path,
-    node_check: tuple[str, ...] = (), array: str | None = None, sweep: bool = False,
+    node_check: tuple[str, ...] = (), builds: bool = False, array: str | None = None, sweep: bool = False,
 ) -> LaunchPlan:  # fmt: skip
     """Return what ``launch.slurm`` of the recipe asks for, running ``command`` once per rank.
 
-    ``node_check`` is run before it where ``launch.slurm.preflight`` asks for it.
+    ``node_check`` is run before it where ``launch.slurm.preflight`` asks for it; ``builds``: it may have to compile.
     """
     slurm = recipe.launch.slurm
     checks = slurm.preflight if slurm.preflight is not None else slurm.nodes > 1
@@ -129,7 +130,7 @@ def plan(
         ranks_per_node=ranks_per_node(recipe),
         command=command,
         node_check=node_check if checks else (),
-        node_check_seconds=recipe.launch.preflight.seconds + _LOADING_SECONDS,
+        node_check_seconds=recipe.launch.preflight.seconds + _LOADING_SECONDS + (BUILD_SECONDS if builds else 0),
         python=python,
         working_directory=working_directory,
         run_directory=run_directory,

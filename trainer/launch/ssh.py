@@ -24,7 +24,7 @@ from trainer.config.hostfile import Host
 from trainer.core.environ import die_with_parent, threads_are_derived
 from trainer.core.errors import EXIT_FAILURE, RefusedError
 from trainer.core.redact import REDACTED, redacted
-from trainer.launch.local import run_local
+from trainer.launch.local import FORWARDED, run_local
 from trainer.launch.ports import free_port
 
 _PASSED = re.compile(
@@ -101,7 +101,7 @@ def main() -> int:
         else:
             _write(process, name)
 
-    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for signum in FORWARDED:
         signal.signal(signum, send)
     process = subprocess.Popen([*_SSH, "--", task["host"], shlex.join(words)], stdin=subprocess.PIPE)
     _write(process, json.dumps(task))

@@ -14,9 +14,9 @@ import threading
 from typing import IO, Any
 
 from trainer.core.environ import RankEnvironment
-from trainer.launch.local import run_local
+from trainer.launch.local import FORWARDED, run_local
 
-_SIGNALS = {signum.name: signum for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+_SIGNALS = {signum.name: signum for signum in FORWARDED}
 
 
 def main() -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
+from trainer.core.control_file import stop_file_problem, stop_path
 from trainer.core.durable import replace_text
 from trainer.core.errors import Problem, RefusedError, TrainerError
 from trainer.core.private import GroupAccess, directory_mode, file_mode, keep_private, make_run_directory
@@ -22,6 +25,14 @@ _KINDS = ("afterany", "afternotok", "afterok", "after")
 def slurm_directory(run_directory: Path) -> Path:
     """Return RUN/slurm: the scripts that were submitted and the jobs they became."""
     return run_directory / "slurm"
+
+
+def refuse_stopped(run_directories: Iterable[Path]) -> None:
+    """Raise RefusedError where RUN/stop keeps a run from training: its job would wait for nodes and end at once."""
+    for directory in run_directories:
+        path = stop_path(directory)
+        if stop_file_problem(directory) == "":
+            raise RefusedError(f"{path} exists: no start would train → remove it: rm {shlex.quote(str(path))}")
 
 
 def make_submittable(run_directory: Path, group: GroupAccess = "none") -> None:

@@ -88,7 +88,7 @@ def _complete(run_directory: Path, times: AttemptTimes, next_unix: float) -> Non
             times.add_step(step, seconds * count, at, count)
         lives_until = max(lives_until, at)
     times.updated_unix = lives_until
-    for end in (_said_by_failure_file(run_directory), _said_by_status(run_directory, times)):
+    for end in (_said_by_failure_file(run_directory, times), _said_by_status(run_directory, times)):
         if end is not None and written_unix <= end[0] <= next_unix:
             # What is said long after may have been said by the next allocation, whose wait is no time of this one.
             silent = end[0] - lives_until > _MOST_SILENT_SECONDS
@@ -97,9 +97,13 @@ def _complete(run_directory: Path, times: AttemptTimes, next_unix: float) -> Non
             return
 
 
-def _said_by_failure_file(run_directory: Path) -> tuple[float, str] | None:
+def _said_by_failure_file(run_directory: Path, times: AttemptTimes) -> tuple[float, str] | None:
     """Return when and why the newest failed attempt ended, as those said who watched the ranks."""
     failure = read_failure(run_directory) or {}
+    launch = str(failure.get("launch", ""))
+    own = f"slurm-{times.slurm_job_id}-{times.slurm_restarts}-"
+    if times.slurm_job_id and launch.startswith("slurm-") and not launch.startswith(own):
+        return None  # by the check of the nodes that the job got next
     at, cause = failure.get("time_unix"), failure.get("cause")
     return (at, cause) if isinstance(at, float) and isinstance(cause, str) else None
 

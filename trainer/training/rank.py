@@ -79,6 +79,7 @@ def _train(
     from trainer.training.status_sink import StatusSink
 
     sinks, durations = Fanout([]), Durations()
+    parts: Parts | None = None
 
     def open_sinks(resume_step: int, restore_seconds: float) -> Fanout:
         nonlocal sinks
@@ -89,7 +90,8 @@ def _train(
             phases.board.note_started()
             made = build_sinks(recipe, directory.path, resume_step, derived.total_steps, log.console_stream)
             goodput = GoodputSink(directory.clock, lambda record: sinks.goodput(record))
-            status = StatusSink(directory, resume_step, derived.total_steps)
+            best = parts.state.best if parts is not None else None
+            status = StatusSink(directory, resume_step, derived.total_steps, best)
             sinks = Fanout([*made, goodput, status, DurationsSink(durations)])
         return sinks
 
@@ -101,7 +103,8 @@ def _train(
             recipe, derived.total_steps, stop, directory, job_end, durations, lambda text: sinks.message(text)
         )
         where = f"{environment.master_address}:{environment.master_port}"
-        phases.mark("start", detail=f"meeting the other ranks at {where}")
+        detail = f"meeting the other ranks at {where}"
+        phases.board.mark("start", detail=detail, allowed_seconds=meeting_seconds(recipe))
         join_group(environment, rendezvous_timeout_seconds=recipe.launch.rendezvous_timeout_seconds)
         if (bound := bind(recipe.launch.bind, environment)) is not None:
             print(bound, flush=True)  # into the log
@@ -128,9 +131,7 @@ def _train(
         sinks.message(_farewell(outcome, parts.state.step, derived, recipe, early))
         if directory is not None and outcome == "finished":
             directory.report(sinks.message)
-        # A hook has its own time limit, and the other ranks wait for it.
-        hook = recipe.checkpoint.hook_timeout_seconds if recipe.checkpoint.hook else 0.0
-        phases.board.mark("stop", allowed_seconds=hook + recipe.resilience.watchdog.slow_seconds)
+        phases.board.mark("stop", allowed_seconds=leaving_seconds(recipe))
         parts.saver.close(wait=outcome == "finished")
         sinks.close()
         parts.loader.close()
@@ -143,6 +144,17 @@ def _train(
         sinks.close()
         leave_group()
     return _CODES[outcome]
+
+
+def meeting_seconds(recipe: Recipe) -> float:
+    """Return what meeting the other ranks may take: its own time limit names who is missing."""
+    return max(recipe.resilience.watchdog.start_seconds, recipe.launch.rendezvous_timeout_seconds + 60.0)
+
+
+def leaving_seconds(recipe: Recipe) -> float:
+    """Return what leaving may take: the hook that runs and the one that is next have their time limits."""
+    hooks = 2 * recipe.checkpoint.hook_timeout_seconds if recipe.checkpoint.hook else 0.0
+    return hooks + recipe.resilience.watchdog.slow_seconds
 
 
 def _leave_done(directory: RunDirectory, parts: Parts) -> None:

@@ -26,8 +26,8 @@ def rewind(parts: Parts) -> Rewind | None:
     """
     now = parts.state
     assert now.guard.bad_since is not None
-    phases.mark("load", detail="going back to a checkpoint")
     parts.saver.settle()
+    phases.mark("load", detail="going back to a checkpoint")
     directory = Path(parts.recipe.run.directory)
     restore = Stopwatch()
     with restore:

@@ -56,6 +56,8 @@ class Saver:
         self._good_step = saved_step if state.guard.bad_since is None else -1
         self._begun_as_good = False
         self._told: Saved | None = None
+        self._longest_seconds = 0.0
+        """Of all saves so far, each from its call until it was durable."""
 
     @property
     def must_stop(self) -> bool:
@@ -82,19 +84,23 @@ class Saver:
         A failed save is reported and the next one tried; raises CheckpointError, on every rank alike, for the final
         one and under ``on_error: stop``.
         """
-        phases.mark("save", step=self._state.step, detail="waiting for the save before")
-        waited = self._settle()
+        self.settle()
         if self._saved_step == self._state.step:
             return
+        phases.mark("save", step=self._state.step, detail="checking the state")
         self._check()
-        phases.mark("save", detail="writing the checkpoint" if final else "copying the state")
+        if final:
+            # Training has stood still for no save so long: those before were written in the background.
+            allowed = phases.board.patience(self._longest_seconds)
+            phases.board.mark("save", detail="writing the checkpoint", allowed_seconds=allowed)
+        else:
+            phases.mark("save", detail="copying the state")
         self._begun_as_good = self._state.guard.bad_since is None
         self._begun_as_best = self._state.best.step == self._state.step
         saved = self._writer.save(
             self._state.step, self._engine.iterate_state(), self._facts(), wait=final, protected=self._protected()
         )
         if saved is not None:
-            saved.blocked_seconds += waited
             self._end(saved, must_succeed=final)
 
     def close(self, *, wait: bool) -> None:
@@ -108,7 +114,13 @@ class Saver:
 
     def settle(self) -> None:
         """Wait for the save in flight. Raises CheckpointError under ``on_error: stop``."""
-        self._settle()
+        if self._writer.busy:
+            allowed = phases.board.patience(self._longest_seconds)
+            step, detail = self._state.step, "waiting for the save before"
+            phases.board.mark("save", step=step, detail=detail, allowed_seconds=allowed)
+        saved = self._writer.finish()
+        if saved is not None:
+            self._end(saved, must_succeed=False)
 
     def go_back(self) -> None:
         """Follow a rewind: forget later checkpoints, and commit this step's again, with what the rewind left out.
@@ -131,15 +143,8 @@ class Saver:
         # That of the best evaluation before stays until the new one's has been committed.
         return steps | {self._state.best.step, self._best_saved} if self._settings.keep_best else steps
 
-    def _settle(self) -> float:
-        """Wait for the save in flight, return how long that took. Raises CheckpointError under ``on_error: stop``."""
-        started = time.perf_counter()
-        saved = self._writer.finish()
-        if saved is not None:
-            self._end(saved, must_succeed=False)
-        return time.perf_counter() - started
-
     def _end(self, saved: Saved, *, must_succeed: bool) -> None:
+        self._longest_seconds = max(self._longest_seconds, saved.seconds)
         if saved.error is not None and (must_succeed or self._settings.on_error == "stop"):
             raise CheckpointError(saved.error)
         self._tell(saved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from trainer.evaluation.best import BestEvaluation
 from trainer.telemetry.record import CheckpointRecord, EvaluationRecord, GoodputRecord, StepRecord
 from trainer.training.run_directory import RunDirectory
 
@@ -13,13 +14,19 @@ _SECONDS_BETWEEN_WRITES = 5.0
 class StatusSink:
     """Implements trainer.telemetry.sinks.base.Sink: step, speed and checkpoints into status.json."""
 
-    def __init__(self, directory: RunDirectory, resume_step: int, total_steps: int) -> None:
+    def __init__(
+        self, directory: RunDirectory, resume_step: int, total_steps: int, best: BestEvaluation | None = None
+    ) -> None:
+        """``best`` is that of the state that a rewind went back to; None: this is the start."""
         self._directory = directory
         self._written = time.monotonic()
         self._events = (0, 0, 0)
         last = resume_step or None
         first = {} if directory.started else {"resumed_step": resume_step}  # a rewind is no other start
         directory.status(state="running", step=resume_step, total_steps=total_steps, last_checkpoint_step=last, **first)
+        if best is not None:  # null: what was found since is of weights that are no more
+            known = best.loss is not None
+            directory.status(best_validation_loss=best.loss, best_step=best.step if known else None)
 
     def step(self, record: StepRecord) -> None:
         """Note the step; written at most every few seconds, but for what the guard did."""
