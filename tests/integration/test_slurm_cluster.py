@@ -71,7 +71,7 @@ def output(plan: LaunchPlan, job_id: str) -> str:
 
 
 def test_ranks_of_srun_find_their_places(slurm_cluster):
-    done = slurm_cluster.run(["srun", "-N2", "--ntasks-per-node=2", sys.executable, "-c", SHOW_RANK])
+    done = slurm_cluster.run(["srun", "-w", "node[1-2]", "--ntasks-per-node=2", sys.executable, "-c", SHOW_RANK])
     assert done.returncode == 0, done.stderr
     found = sorted((json.loads(line) for line in done.stdout.splitlines()), key=lambda ranks: ranks["rank"])
     places = [(ranks["rank"], ranks["local_rank"], ranks["node_rank"], ranks["host"]) for ranks in found]
@@ -207,7 +207,7 @@ def test_submit_and_status(slurm_cluster, tmp_path):
     code = (
         "import sys; from pathlib import Path\n"
         "from trainer.launch.submit import submit, write_script\n"
-        "from trainer.launch.status import collect, describe\n"
+        "from trainer.launch.status import collect\nfrom trainer.launch.status_text import describe\n"
         "run = Path(sys.argv[1])\n"
         "print(submit(write_script(run, Path(sys.argv[2]).read_text())))\n"
         "print(describe(collect(run)))\n"

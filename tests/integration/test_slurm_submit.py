@@ -59,11 +59,12 @@ def test_bad_runs_are_refused_before_sbatch(slurm_cluster, recipe):
         (["--time", "soon"], "launch.slurm.time"),
         (["launch.slurm.partition=nowhere"], "nvalid partition"),
     ):
-        done = slurm_cluster.run([*TRAINER, "submit", "recipe.yaml", *arguments], cwd=recipe.parent)
+        command = [*TRAINER, "submit", "recipe.yaml", "run.name=refused", *arguments]
+        done = slurm_cluster.run(command, cwd=recipe.parent)
         assert done.returncode == 2, (arguments, done.stdout, done.stderr)
         assert word in done.stderr
         assert "Traceback" not in done.stderr
-    assert slurm_cluster.run(["squeue", "-h", "-n", "tiny", "-t", "all"]).stdout == ""
+    assert slurm_cluster.run(["squeue", "-h", "-n", "refused", "-t", "all"]).stdout == ""
 
 
 @pytest.fixture

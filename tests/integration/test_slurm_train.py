@@ -72,7 +72,7 @@ def test_two_nodes_train_are_killed_and_go_on(slurm_cluster, recipe: Path) -> No
         assert done.returncode == 0, done.stderr
         return slurm_cluster.wait(done.stdout.split()[0], timeout=240)
 
-    log = lambda: "\n".join(path.read_text()[-3000:] for path in (run / "logs").glob("slurm-*.out"))  # noqa: E731
+    log = lambda: "\n".join(path.read_text()[-20_000:] for path in (run / "logs").glob("slurm-*.out"))  # noqa: E731
     faults = {"TRAINER_ALLOW_FAULTS": "1", "TRAINER_FAULTS": "train.step:3:13:kill"}
     assert job("launch.slurm.preflight=false", "launch.slurm.max_restarts=0", **faults) == "FAILED", log()
     assert len(list((run / "logs").glob("rank-*.log"))) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import threading
 import time
@@ -64,6 +65,7 @@ class _Rank:
             try:
                 self._phases(board)
             except Concluded as concluded:
+                _end_by_oneself()
                 return concluded.code
             except MissingRanks as error:
                 self.judge.missing(error.phase, error.ranks, error.values)
@@ -75,6 +77,7 @@ class _Rank:
                 self._note("check", f"rank 0 ({self.host}): {_first_line(error)}")
             finally:
                 self.judge.clean()
+            _end_by_oneself()
             code = self.conclude(say)
             board.conclude(code, board.present())
         return code
@@ -178,6 +181,14 @@ def check_allocation(
     fault, 1 where a node is (RUN/failure.json names it).
     """
     return _Rank(place, candidate, environment).run(say)
+
+
+def _end_by_oneself() -> None:
+    """Ignore SIGTERM: the first rank that ends with another code than 0 makes srun send it to the others.
+
+    The step would then end with SIGTERM's code instead of what was found.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _attempt(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
