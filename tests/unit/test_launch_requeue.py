@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -13,7 +14,7 @@ import pytest
 from trainer.core.done_file import write_done
 from trainer.core.failure_file import reports_directory
 from trainer.core.status_file import write_status
-from trainer.launch import job_end, requeue, restart_record
+from trainer.launch import job_end, requeue, restart_record, slurm_commands
 from trainer.launch.attempt_facts import JobPlace, own_status
 from trainer.launch.controller import Patience
 from trainer.launch.decision import Decision, Facts, decide
@@ -55,6 +56,7 @@ def facts(**changes: Any) -> Facts:
         ({"code": 75, "status_code": 75, "without_progress": 3}, "stop", 93),
         ({"code": 75, "status_code": 75, "job_state": "COMPLETING"}, "stop", 75),  # scancel
         ({"code": 75, "status_code": 75, "job_state": "CANCELLED"}, "stop", 75),
+        ({"code": 75, "status_code": 75, "job_state": "COMPLETING", "preempted": True}, "requeue", 75),
         ({"code": 1, "job_state": "COMPLETING", "job_reason": "TimeLimit"}, "retry", 1),
         ({"code": 75, "status_code": 75, "job_state": "PREEMPTED"}, "requeue", 75),
         ({"code": 75, "status_code": 75, "job_state": "COMPLETING", "back_already": True}, "scheduler", 75),
@@ -88,7 +90,7 @@ def test_restarts_are_counted_back_to_the_last_progress_and_the_last_person(tmp_
     count = restart_record.restarts_without_progress
     assert count(read, "17", 5, 20) == 3
     assert count(read, "17", 5, 25) == 0
-    assert count(read, "18", 5, 20) == 0, "another job was submitted by hand"
+    assert count(read, "18", 0, 20) == 0, "another job was submitted by hand"
     assert restart_record.retries(read, "17", 5) == 3
     restart_record.write(tmp_path, attempt("17", 5, "stop", 20))
     assert count(restart_record.read(tmp_path), "17", 6, 20) == 0, "scontrol requeue by hand after the stop"
@@ -171,12 +173,20 @@ class Slurm:
     """SLURM's commands, as job_end sees them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **job: Any) -> None:
-        known = {"state": "RUNNING", "reason": "", "restarts": 1, "nodes": 2, "partition": "main", "features": ""}
-        self.job = JobFacts(**{**known, "excluded": "", **job})
+        known: dict[str, Any] = {
+            "state": "RUNNING",
+            "reason": "",
+            "restarts": 1,
+            "nodes": 2,
+            "partition": "main",
+            "features": "",
+        }
+        self.job = JobFacts(**(known | {"excluded": ""} | job))
         self.nodes = {f"node{number}": "idle" for number in range(1, 5)}
-        self.requeued, self.excluded = list[str](), list[str]()
+        self.requeued, self.excluded, self.cancelled = list[str](), list[str](), list[str]()
         monkeypatch.setattr(job_end, "show_job", lambda job: self.job)
         monkeypatch.setattr(job_end, "requeue_job", self.requeued.append)
+        monkeypatch.setattr(job_end, "cancel_jobs", self.cancelled.extend)
         monkeypatch.setattr(job_end, "exclude_nodes", lambda job, hosts: self.excluded.extend(hosts))
         monkeypatch.setattr(job_end, "nodes_of", self.nodes_of)
 
@@ -228,10 +238,10 @@ def test_exclusions_are_capped_expire_and_leave_room(tmp_path: Path, monkeypatch
         place = JobPlace(job="17", restart=restart, nodes="node[1-4]")
         failure(tmp_path, host, launch=f"slurm-17-{restart}-0")
         slurm.excluded.clear()
-        slurm.job = JobFacts(**{**vars(slurm.job), "restarts": restart, "nodes": 1})
+        slurm.job = dataclasses.replace(slurm.job, restarts=restart, nodes=1)
         settle(tmp_path, 1, place)
     assert slurm.excluded == ["node3", "node2"], "two at most, the oldest is dropped"
-    slurm.job = JobFacts(**{**vars(slurm.job), "nodes": 3, "restarts": 0, "excluded": "node3,node2"})
+    slurm.job = dataclasses.replace(slurm.job, nodes=3, restarts=0, excluded="node3,node2")
     _, said = settle(tmp_path, 1, JobPlace(job="18", restart=0, nodes="node[1-4]"))
     assert any("not left out, since too few nodes would remain for the job: node2" in line for line in said)
     path = tmp_path / "slurm" / "excluded_nodes.json"
@@ -240,7 +250,7 @@ def test_exclusions_are_capped_expire_and_leave_room(tmp_path: Path, monkeypatch
         node["time_unix"] -= 13 * 3600
     path.write_text(json.dumps(content))
     slurm.excluded.clear()
-    slurm.job = JobFacts(**{**vars(slurm.job), "restarts": 1, "excluded": "node9,node3"})
+    slurm.job = dataclasses.replace(slurm.job, restarts=1, excluded="node9,node3")
     settle(tmp_path, 1, JobPlace(job="18", restart=1, nodes="node[1-4]"))
     assert slurm.excluded == ["node9"]
 
@@ -327,6 +337,82 @@ def test_rest_of_a_chain_does_not_try_what_was_given_up(
     assert requeue.begin(tmp_path, of_chain) == 93
     monkeypatch.setenv("SLURM_JOB_ID", "19")
     assert requeue.begin(tmp_path, by_hand) == 0
+
+
+def test_task_of_an_array_is_never_taken_for_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM gives the last task the id of the array."""
+    variables = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    place = JobPlace.here({**variables, "SLURM_RESTART_COUNT": "1", "SLURM_JOB_NODELIST": "node1"})
+    assert (place.job, place.own_id, JobPlace.here({"SLURM_JOB_ID": "17"}).own_id) == ("17", "17_3", "17")
+    slurm, asked = Slurm(monkeypatch), list[str]()
+    monkeypatch.setattr(job_end, "show_job", lambda job: asked.append(job) or slurm.job)
+    assert settle(tmp_path, 1, place)[0] == 1
+    assert (asked, slurm.requeued) == (["17_3"], ["17_3"])
+    assert restart_record.read(tmp_path)[-1].job == "17"
+
+
+def test_first_attempt_of_a_sweeps_task_is_recorded(tmp_path: Path) -> None:
+    run = tmp_path / "sweep" / "texts-0001"
+    assert requeue.begin(run, JobPlace(job="17", restart=0, nodes="node1")) == 0
+    assert [one.decision for one in restart_record.read(run)] == ["running"]
+    assert run.stat().st_mode & 0o777 == 0o700
+
+
+def test_starts_that_can_not_be_recorded_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm = Slurm(monkeypatch)
+    (tmp_path / "slurm").write_text("in the way")
+    codes = list[int]()
+    for restart in range(4):
+        place = JobPlace(job="17", restart=restart, nodes="node1")
+        slurm.job = dataclasses.replace(slurm.job, restarts=restart)
+        assert requeue.begin(tmp_path, place) == 0
+        assert "this start can't be recorded" in capsys.readouterr().err
+        codes.append(settle(tmp_path, 1, place)[0])
+    assert (codes, len(slurm.requeued)) == ([1, 1, 1, 93], 3)
+    assert requeue.begin(tmp_path, JobPlace(job="17", restart=4, nodes="node1")) == 93, "the batch script was killed"
+
+
+SHOWN = "JobId=17 JobState=COMPLETING Reason=None Restarts=1 PreemptTime={} StartTime=100 NumNodes=1 Partition=main"
+
+
+@pytest.mark.parametrize(("time", "preempted"), [("None", False), ("99", False), ("100", True), ("150", True)])
+def test_preemption_that_cancels_is_seen(monkeypatch: pytest.MonkeyPatch, time: str, preempted: bool) -> None:
+    monkeypatch.setattr(slurm_commands, "_run", lambda *_command, **_variables: SHOWN.format(time))
+    assert slurm_commands.show_job("17").preempted == preempted
+
+
+@pytest.mark.parametrize(
+    ("state", "requeued"), [("COMPLETING", ["17"]), ("RUNNING", [])], ids=["no grace time", "grace time"]
+)
+def test_preempted_job_is_requeued_when_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, requeued: list[str]
+) -> None:
+    slurm, asked = Slurm(monkeypatch, state=state, preempted=True), list[str]()
+    monkeypatch.setattr(requeue, "show_job", lambda job: slurm.job)
+    monkeypatch.setattr(requeue, "requeue_job", asked.append)
+    requeue.at_limit(tmp_path, PLACE)
+    assert asked == requeued
+
+
+def test_a_persons_stop_holds_at_the_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = Slurm(monkeypatch, state="COMPLETING", reason="TimeLimit")
+    monkeypatch.setattr(requeue, "show_job", lambda job: slurm.job)
+    monkeypatch.setattr(requeue, "requeue_job", slurm.requeued.append)
+    assert requeue.begin(tmp_path, PLACE) == 0
+    requeue.at_limit(tmp_path, PLACE)
+    assert slurm.requeued == ["17"]
+    write_status(tmp_path, {"state": "stopped", "exit_code": 75, "requeue": False})
+    assert settle(tmp_path, 75)[0] == 75
+    assert slurm.cancelled == ["17"]
+    slurm.cancelled.clear()
+    place = JobPlace(job="18", restart=1, nodes="node1")
+    assert settle(tmp_path, 75, place)[0] == 75
+    assert slurm.cancelled == [], "SLURM does not start it again"
+    slurm.job = dataclasses.replace(slurm.job, restarts=2)
+    assert settle(tmp_path, 75, place)[0] == 75
+    assert slurm.cancelled == ["18"], "preempted while it stopped"
 
 
 def test_decision_is_only_data() -> None:

@@ -34,6 +34,7 @@ class Facts:
     job_state: str | None
     """As the controller says it; None: it can't be reached."""
     job_reason: str = ""
+    preempted: bool = False
     back_already: bool = False
     """SLURM has already put the job back into the queue."""
     lost_nodes: tuple[str, ...] = ()
@@ -102,7 +103,7 @@ def _cancelled(facts: Facts) -> bool:
     # While a cancelled job ends it is COMPLETING without a reason. If the controller can't be reached, nothing is known
     # of it: the request to requeue will wait for the controller.
     running = facts.job_state in (None, "RUNNING", "SUSPENDED", "SIGNALING", "STAGE_OUT", *_ENDED_BY_SLURM)
-    return not running and facts.job_reason != "TimeLimit"
+    return not running and facts.job_reason != "TimeLimit" and not facts.preempted
 
 
 def _scheduler(facts: Facts) -> tuple[DecisionName, str]:
