@@ -25,6 +25,8 @@ class Facts:
     """Exit code that status.json gives, where this attempt wrote it and said one."""
     wants_requeue: bool | None
     """``requeue`` of status.json; None: not said."""
+    started: bool = True
+    """False: the ranks were not started."""
     cause: str | None
     """One sentence of failure.json, or of status.json."""
     retryable: bool
@@ -81,7 +83,10 @@ def decide(facts: Facts) -> Decision:
     if not saved and facts.retries >= facts.max_restarts:
         limit = f"started again after {facts.retries} failures already (launch.slurm.max_restarts)"
         return Decision("stop", f"{cause}; {limit}", code)
-    return Decision("requeue", f"saved at step {facts.step}", code) if saved else Decision("retry", cause, code)
+    if not saved:
+        return Decision("retry", cause, code)
+    why = f"saved at step {facts.step}" if facts.started else "asked to stop before the ranks were started"
+    return Decision("requeue", why, code)
 
 
 def no_progress(restarts: int, step: int, cause: str) -> str:

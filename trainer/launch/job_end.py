@@ -53,16 +53,20 @@ class JobEnd:
         self.unreachable = ""
         """Why the controller could not be asked."""
 
-    def settle(self, code: int) -> int:
-        """Do what is to be done after the starter ended with ``code``; return the exit code of the batch script."""
+    def settle(self, code: int, *, started: bool = True, cause: str | None = None) -> int:
+        """Do what is to be done after the starter ended with ``code``; return the exit code of the batch script.
+
+        ``started`` is False where the ranks were not started: because of ``cause``, or because they were not to be.
+        """
         attempts = restart_record.read(self.run_directory)
         attempt = restart_record.find(attempts, self.place.job, self.place.restart)
         attempt = attempt or Attempt(
             job=self.place.job, restart=self.place.restart, nodes=self.place.nodes, started_unix=time.time()
         )
-        status = own_status(self.run_directory, self.place, attempt.started_unix)
-        failure = self._failure(attempt.started_unix)
+        status = own_status(self.run_directory, self.place, attempt.started_unix) if started else None
+        failure = self._failure(attempt.started_unix) if started else {}
         facts = self._facts(code, attempts, status, failure)
+        facts = dataclasses.replace(facts, started=started, cause=cause or facts.cause)
         decision, job, lost = decide(facts), None, list[Node]()
         if decision.restart:  # else SLURM need not be asked
             job, lost = self._ask_slurm()

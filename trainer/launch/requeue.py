@@ -151,12 +151,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("moment", choices=("begin", "limit", "end"))
     parser.add_argument("run_directory", type=Path)
     parser.add_argument("--code", type=int, default=0, help="exit code of what started the ranks")
+    parser.add_argument("--before-start", action="store_true", help="the ranks were not started")
+    parser.add_argument("--cause", help="what failed before they were")
     parser.add_argument("--max-restarts", type=int, default=100)
     parser.add_argument("--max-excluded-nodes", type=int, default=2)
     parser.add_argument("--controller-seconds", type=float, default=600.0)
     options = parser.parse_args(arguments)
     # SLURM's answer to a requeue is SIGTERM to the whole job: this, and the commands it calls, must outlive it.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # USR1 and USR2 (scancel --full) are for the batch script.
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
     place = JobPlace.here(os.environ)
     if options.moment == "begin":
         return begin(options.run_directory, place)
@@ -172,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
         patience=Patience(options.controller_seconds, _say),
         say=_say,
     )
-    return end.settle(options.code)
+    return end.settle(options.code, started=not options.before_start, cause=options.cause)
 
 
 def _say(text: str) -> None:
