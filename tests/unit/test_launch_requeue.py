@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -55,6 +56,7 @@ def facts(**changes: Any) -> Facts:
         ({"code": 75, "status_code": 75, "without_progress": 3}, "stop", 93),
         ({"code": 75, "status_code": 75, "job_state": "COMPLETING"}, "stop", 75),  # scancel
         ({"code": 75, "status_code": 75, "job_state": "CANCELLED"}, "stop", 75),
+        ({"code": 75, "status_code": 75, "job_state": "COMPLETING", "preempted": True}, "requeue", 75),
         ({"code": 1, "job_state": "COMPLETING", "job_reason": "TimeLimit"}, "retry", 1),
         ({"code": 75, "status_code": 75, "job_state": "PREEMPTED"}, "requeue", 75),
         ({"code": 75, "status_code": 75, "job_state": "COMPLETING", "back_already": True}, "scheduler", 75),
@@ -88,7 +90,7 @@ def test_restarts_are_counted_back_to_the_last_progress_and_the_last_person(tmp_
     count = restart_record.restarts_without_progress
     assert count(read, "17", 5, 20) == 3
     assert count(read, "17", 5, 25) == 0
-    assert count(read, "18", 5, 20) == 0, "another job was submitted by hand"
+    assert count(read, "18", 0, 20) == 0, "another job was submitted by hand"
     assert restart_record.retries(read, "17", 5) == 3
     restart_record.write(tmp_path, attempt("17", 5, "stop", 20))
     assert count(restart_record.read(tmp_path), "17", 6, 20) == 0, "scontrol requeue by hand after the stop"
@@ -171,12 +173,22 @@ class Slurm:
     """SLURM's commands, as job_end sees them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **job: Any) -> None:
-        known = {"state": "RUNNING", "reason": "", "restarts": 1, "nodes": 2, "partition": "main", "features": ""}
-        self.job = JobFacts(**{**known, "excluded": "", **job})
+        known: dict[str, Any] = {
+            "state": "RUNNING",
+            "reason": "",
+            "restarts": 1,
+            "nodes": 2,
+            "partition": "main",
+            "features": "",
+            "excluded": "",
+        }
+        values: dict[str, Any] = known | job
+        self.job = JobFacts(**values)
         self.nodes = {f"node{number}": "idle" for number in range(1, 5)}
-        self.requeued, self.excluded = list[str](), list[str]()
+        self.requeued, self.excluded, self.cancelled = list[str](), list[str](), list[str]()
         monkeypatch.setattr(job_end, "show_job", lambda job: self.job)
         monkeypatch.setattr(job_end, "requeue_job", self.requeued.append)
+        monkeypatch.setattr(job_end, "cancel_jobs", self.cancelled.extend)
         monkeypatch.setattr(job_end, "exclude_nodes", lambda job, hosts: self.excluded.extend(hosts))
         monkeypatch.setattr(job_end, "nodes_of", self.nodes_of)
 
@@ -228,10 +240,10 @@ def test_exclusions_are_capped_expire_and_leave_room(tmp_path: Path, monkeypatch
         place = JobPlace(job="17", restart=restart, nodes="node[1-4]")
         failure(tmp_path, host, launch=f"slurm-17-{restart}-0")
         slurm.excluded.clear()
-        slurm.job = JobFacts(**{**vars(slurm.job), "restarts": restart, "nodes": 1})
+        slurm.job = dataclasses.replace(slurm.job, restarts=restart, nodes=1)
         settle(tmp_path, 1, place)
     assert slurm.excluded == ["node3", "node2"], "two at most, the oldest is dropped"
-    slurm.job = JobFacts(**{**vars(slurm.job), "nodes": 3, "restarts": 0, "excluded": "node3,node2"})
+    slurm.job = dataclasses.replace(slurm.job, nodes=3, restarts=0, excluded="node3,node2")
     _, said = settle(tmp_path, 1, JobPlace(job="18", restart=0, nodes="node[1-4]"))
     assert any("not left out, since too few nodes would remain for the job: node2" in line for line in said)
     path = tmp_path / "slurm" / "excluded_nodes.json"
@@ -240,7 +252,7 @@ def test_exclusions_are_capped_expire_and_leave_room(tmp_path: Path, monkeypatch
         node["time_unix"] -= 13 * 3600
     path.write_text(json.dumps(content))
     slurm.excluded.clear()
-    slurm.job = JobFacts(**{**vars(slurm.job), "restarts": 1, "excluded": "node9,node3"})
+    slurm.job = dataclasses.replace(slurm.job, restarts=1, excluded="node9,node3")
     settle(tmp_path, 1, JobPlace(job="18", restart=1, nodes="node[1-4]"))
     assert slurm.excluded == ["node9"]
 

@@ -192,7 +192,8 @@ def test_the_scheduler_is_asked_in_the_background_and_may_fail_or_hang() -> None
             raise answer
         return answer
 
-    end = JobEnd({"SLURM_JOB_ID": "17_3", "SLURM_JOB_END_TIME": "4e9"}, ask, interval_seconds=0.01)
+    variables = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    end = JobEnd(variables | {"SLURM_JOB_END_TIME": "4e9"}, ask, interval_seconds=0.01)
     assert asked.wait(30)
     assert end.unix() == 5e9, "the newest answer counts, and a question that hangs blocks nobody"
     hanging.set()

@@ -12,6 +12,7 @@ from typing import Any, cast
 from trainer.checkpoint.layout import step_directories
 from trainer.core.hostlist import expand_hostlist, expand_tasks_per_node, fills_hosts
 from trainer.core.run_lock import holder
+from trainer.core.slurm_job import controller_id
 from trainer.core.status_file import read_status, write_status
 
 _CLOCK_SLACK_SECONDS = 5.0
@@ -23,12 +24,15 @@ class JobPlace:
     """Which start of which job this is: SLURM's variables."""
 
     job: str
+    """SLURM_JOB_ID, by which records name it."""
     restart: int
     nodes: str
     """Host list."""
     tasks_per_node: str = ""
     distribution: str = ""
     """How srun deals ranks out to nodes; empty: its default."""
+    task: str = ""
+    """Id for SLURM's commands; empty: that of the job."""
 
     @classmethod
     def here(cls, environment: Mapping[str, str]) -> JobPlace:
@@ -40,7 +44,13 @@ class JobPlace:
             nodes=environment.get("SLURM_JOB_NODELIST", ""),
             tasks_per_node=environment.get("SLURM_TASKS_PER_NODE", ""),
             distribution=environment.get("SLURM_DISTRIBUTION", ""),
+            task=controller_id(environment),
         )
+
+    @property
+    def own_id(self) -> str:
+        """The id by which SLURM's commands mean this job alone."""
+        return self.task or self.job
 
     def hosts(self) -> list[str]:
         """Return the nodes of the job."""

@@ -25,6 +25,8 @@ class Facts:
     """Exit code that status.json gives, where this attempt wrote it and said one."""
     wants_requeue: bool | None
     """``requeue`` of status.json; None: not said."""
+    started: bool = True
+    """False: the ranks were not started."""
     cause: str | None
     """One sentence of failure.json, or of status.json."""
     retryable: bool
@@ -34,6 +36,7 @@ class Facts:
     job_state: str | None
     """As the controller says it; None: it can't be reached."""
     job_reason: str = ""
+    preempted: bool = False
     back_already: bool = False
     """SLURM has already put the job back into the queue."""
     lost_nodes: tuple[str, ...] = ()
@@ -80,7 +83,10 @@ def decide(facts: Facts) -> Decision:
     if not saved and facts.retries >= facts.max_restarts:
         limit = f"started again after {facts.retries} failures already (launch.slurm.max_restarts)"
         return Decision("stop", f"{cause}; {limit}", code)
-    return Decision("requeue", f"saved at step {facts.step}", code) if saved else Decision("retry", cause, code)
+    if not saved:
+        return Decision("retry", cause, code)
+    why = f"saved at step {facts.step}" if facts.started else "asked to stop before the ranks were started"
+    return Decision("requeue", why, code)
 
 
 def no_progress(restarts: int, step: int, cause: str) -> str:
@@ -102,7 +108,7 @@ def _cancelled(facts: Facts) -> bool:
     # While a cancelled job ends it is COMPLETING without a reason. If the controller can't be reached, nothing is known
     # of it: the request to requeue will wait for the controller.
     running = facts.job_state in (None, "RUNNING", "SUSPENDED", "SIGNALING", "STAGE_OUT", *_ENDED_BY_SLURM)
-    return not running and facts.job_reason != "TimeLimit"
+    return not running and facts.job_reason != "TimeLimit" and not facts.preempted
 
 
 def _scheduler(facts: Facts) -> tuple[DecisionName, str]:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from trainer.core.durable import replace_text
-from trainer.core.private import directory_mode
 from trainer.launch.slurm_commands import JobFacts, Node
-from trainer.launch.submit import slurm_directory
+from trainer.launch.submit import made_slurm_directory, slurm_directory
 
 EXCLUDED_SECONDS = 12 * 3600.0
 """How long after its last failure a node is left out: time to mend or drain it, or to see that it was not the node."""
@@ -44,8 +43,7 @@ def note_suspects(run_directory: Path, suspects: dict[str, str], job: str) -> No
         if _HOST.fullmatch(host):
             before = known[host].count if host in known else 0
             known[host] = ExcludedNode(host, before + 1, reason, job, time.time())
-    directory = slurm_directory(run_directory)
-    directory.mkdir(mode=directory_mode(), exist_ok=True)
+    directory = made_slurm_directory(run_directory)
     content = {"version": _VERSION, "nodes": [asdict(node) for node in known.values()]}
     replace_text(directory / _NAME, json.dumps(content, indent=2) + "\n")
 

@@ -23,6 +23,7 @@ from trainer.launch.slurm_commands import (
     JobFacts,
     Node,
     SlurmCommandError,
+    cancel_jobs,
     exclude_nodes,
     nodes_of,
     requeue_job,
@@ -52,16 +53,20 @@ class JobEnd:
         self.unreachable = ""
         """Why the controller could not be asked."""
 
-    def settle(self, code: int) -> int:
-        """Do what is to be done after the starter ended with ``code``; return the exit code of the batch script."""
+    def settle(self, code: int, *, started: bool = True, cause: str | None = None) -> int:
+        """Do what is to be done after the starter ended with ``code``; return the exit code of the batch script.
+
+        ``started`` is False where the ranks were not started: because of ``cause``, or because they were not to be.
+        """
         attempts = restart_record.read(self.run_directory)
         attempt = restart_record.find(attempts, self.place.job, self.place.restart)
         attempt = attempt or Attempt(
             job=self.place.job, restart=self.place.restart, nodes=self.place.nodes, started_unix=time.time()
         )
-        status = own_status(self.run_directory, self.place, attempt.started_unix)
-        failure = self._failure(attempt.started_unix)
+        status = own_status(self.run_directory, self.place, attempt.started_unix) if started else None
+        failure = self._failure(attempt.started_unix) if started else {}
         facts = self._facts(code, attempts, status, failure)
+        facts = dataclasses.replace(facts, started=started, cause=cause or facts.cause)
         decision, job, lost = decide(facts), None, list[Node]()
         if decision.restart:  # else SLURM need not be asked
             job, lost = self._ask_slurm()
@@ -69,6 +74,7 @@ class JobEnd:
                 facts,
                 job_state=job.state if job else None,
                 job_reason=job.reason if job else "",
+                preempted=job is not None and job.preempted,
                 back_already=job is not None and job.restarts > self.place.restart,
                 lost_nodes=tuple(node.name for node in lost),
             )
@@ -82,7 +88,7 @@ class JobEnd:
             excluded_nodes.note_suspects(self.run_directory, suspects, self.place.job)
         if decision.restart:
             try:
-                self.patience.ask(lambda: requeue_job(self.place.job))
+                self.patience.ask(lambda: requeue_job(self.place.own_id))
             except SlurmCommandError as error:
                 self.unreachable = str(error)
                 decision = self._not_requeued(decision)
@@ -92,7 +98,22 @@ class JobEnd:
         self._tell(decision)
         if decision.name in ("done", "stop"):
             self._report()
+        if decision.name == "stop":
+            self._stay_ended(job, attempt)
         return decision.exit_code
+
+    def _stay_ended(self, job: JobFacts | None, attempt: Attempt) -> None:
+        """Take the job out of the queue if SLURM is to start it again: asked at the time limit, or by itself."""
+        if self.unreachable:  # that is why it stops; what it asked for at the time limit holds
+            return
+        try:
+            if job is None:
+                job = Patience(10.0, self.say).ask(lambda: show_job(self.place.own_id))
+            if attempt.asked_at_limit or job.restarts > self.place.restart:
+                self.patience.ask(lambda: cancel_jobs([self.place.own_id]))
+                self.say(f"job {self.place.job} cancelled: SLURM was about to start it again")
+        except SlurmCommandError as error:
+            self.say(f"SLURM can't be asked whether it starts the job again: {error}")
 
     def _failure(self, since_unix: float) -> dict[str, Any]:
         """Return what the ranks' supervisors say of this attempt; now, when the reports of all that live are there."""
@@ -115,7 +136,7 @@ class JobEnd:
     def _ask_slurm(self) -> tuple[JobFacts | None, list[Node]]:
         """Return what the controller says of the job, and which of its nodes it has lost."""
         try:
-            job = self.patience.ask(lambda: show_job(self.place.job))
+            job = self.patience.ask(lambda: show_job(self.place.own_id))
             names = self.place.hosts()
             return job, [node for node in nodes_of(names=names) if node.lost] if names else []
         except SlurmCommandError as error:
@@ -150,7 +171,7 @@ class JobEnd:
         )
 
     def _not_requeued(self, decision: Decision) -> Decision:
-        by_hand = f"by hand: scontrol requeue {self.place.job}, or trainer submit as before"
+        by_hand = f"by hand: scontrol requeue {self.place.own_id}, or trainer submit as before"
         return Decision(
             "stop", f"{decision.reason}; SLURM can't be asked ({self.unreachable}); {by_hand}", decision.exit_code
         )
@@ -189,7 +210,7 @@ class JobEnd:
             room = excluded_nodes.that_leave_room(active, job, own, nodes_of(partition=job.partition or None))
             wanted = excluded_nodes.merged(before, noted, room)
             if set(wanted) != set(before):
-                self.patience.ask(lambda: exclude_nodes(self.place.job, wanted))
+                self.patience.ask(lambda: exclude_nodes(self.place.own_id, wanted))
         except (SlurmCommandError, ValueError) as error:
             self.say(f"no node is left out of the next attempt: {error}")
             return

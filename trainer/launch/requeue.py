@@ -55,18 +55,30 @@ def begin(run_directory: Path, place: JobPlace) -> int:
         return EXIT_REFUSED
     step = newest_step(run_directory)
     lost = _note_lost_attempt(run_directory, place, attempts, step)
-    count = restart_record.restarts_without_progress(restart_record.read(run_directory), place.job, place.restart, step)
     attempt = Attempt(job=place.job, restart=place.restart, nodes=place.nodes, started_unix=time.time(), step=step)
-    if lost and count > MAXIMUM_WITHOUT_PROGRESS:
-        reason = no_progress(count - 1, step, "the batch script was killed, or its node died")
-        _say(f"job {place.job} not started: {reason}")
-        say_failed(run_directory, EXIT_DO_NOT_RESTART, reason, ranks_started=False)
-        attempt = dataclasses.replace(
-            attempt, decision="stop", reason=reason, exit_code=EXIT_DO_NOT_RESTART, time_unix=time.time()
-        )
-    with contextlib.suppress(OSError):
+    recorded = _record(run_directory, attempt)
+    count = restart_record.restarts_without_progress(restart_record.read(run_directory), place.job, place.restart, step)
+    if (recorded and not lost) or count <= MAXIMUM_WITHOUT_PROGRESS:
+        return EXIT_OK
+    cause = "the batch script was killed, or its node died" if lost else "not known, since it could not be recorded"
+    reason = no_progress(count - 1, step, cause)
+    _say(f"job {place.job} not started: {reason}")
+    say_failed(run_directory, EXIT_DO_NOT_RESTART, reason, ranks_started=False)
+    ended = dataclasses.replace(
+        attempt, decision="stop", reason=reason, exit_code=EXIT_DO_NOT_RESTART, time_unix=time.time()
+    )
+    _record(run_directory, ended)
+    return EXIT_DO_NOT_RESTART
+
+
+def _record(run_directory: Path, attempt: Attempt) -> bool:
+    """Note the attempt, or say that this can't be done."""
+    try:
         restart_record.write(run_directory, attempt)
-    return EXIT_OK if attempt.decision == "running" else EXIT_DO_NOT_RESTART
+    except OSError as error:
+        _say(f"this start can't be recorded ({error}): where that goes on, the job is not started again for ever")
+        return False
+    return True
 
 
 def _wait_for_orphans(run_directory: Path, seconds: float) -> None:
@@ -110,22 +122,26 @@ def at_limit(run_directory: Path, place: JobPlace) -> None:
     Called as soon as the batch script gets SIGTERM: SIGKILL may come before the ranks have saved, and a job that is
     killed then is gone for good. The newest checkpoint is enough to go on. A job that a person cancelled stays ended.
     """
-    facts = Patience(10.0, _say).ask(lambda: show_job(place.job))
-    by_slurm = facts.reason == "TimeLimit" or facts.state in ("TIMEOUT", "PREEMPTED")
+    facts = Patience(10.0, _say).ask(lambda: show_job(place.own_id))
+    # A preempted job that is RUNNING has its grace time still: a requeue now would cut it short.
+    preempted = facts.preempted and facts.state != "RUNNING"
+    by_slurm = facts.reason == "TimeLimit" or facts.state in ("TIMEOUT", "PREEMPTED") or preempted
     if not by_slurm or facts.restarts > place.restart:
         return
     step = newest_step(run_directory)
     attempts = restart_record.read(run_directory)
     if restart_record.restarts_without_progress(attempts, place.job, place.restart, step) >= MAXIMUM_WITHOUT_PROGRESS:
         return  # when the ranks have ended in time, this is decided with all that is known
-    requeue_job(place.job)
+    requeue_job(place.own_id)
     _say(f"job {place.job} is at its time limit or preempted: requeued while the ranks save")
     attempt = restart_record.find(attempts, place.job, place.restart)
     if attempt is not None:
         why = "at the time limit, or preempted, before the ranks had saved"
         restart_record.write(
             run_directory,
-            dataclasses.replace(attempt, decision="requeue", reason=why, step=step, time_unix=time.time()),
+            dataclasses.replace(
+                attempt, decision="requeue", reason=why, step=step, asked_at_limit=True, time_unix=time.time()
+            ),
         )
 
 
@@ -135,12 +151,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("moment", choices=("begin", "limit", "end"))
     parser.add_argument("run_directory", type=Path)
     parser.add_argument("--code", type=int, default=0, help="exit code of what started the ranks")
+    parser.add_argument("--before-start", action="store_true", help="the ranks were not started")
+    parser.add_argument("--cause", help="what failed before they were")
     parser.add_argument("--max-restarts", type=int, default=100)
     parser.add_argument("--max-excluded-nodes", type=int, default=2)
     parser.add_argument("--controller-seconds", type=float, default=600.0)
     options = parser.parse_args(arguments)
     # SLURM's answer to a requeue is SIGTERM to the whole job: this, and the commands it calls, must outlive it.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # USR1 and USR2 (scancel --full) are for the batch script.
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
     place = JobPlace.here(os.environ)
     if options.moment == "begin":
         return begin(options.run_directory, place)
@@ -156,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
         patience=Patience(options.controller_seconds, _say),
         say=_say,
     )
-    return end.settle(options.code)
+    return end.settle(options.code, started=not options.before_start, cause=options.cause)
 
 
 def _say(text: str) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from trainer.core.durable import replace_text
-from trainer.core.private import directory_mode
-from trainer.launch.submit import slurm_directory
+from trainer.launch.submit import made_slurm_directory, slurm_directory
 
 DecisionName = Literal["running", "done", "requeue", "retry", "scheduler", "lost", "stop"]
 """running: not ended yet. done: the run has finished. requeue: saved, goes on. retry: failed, tried again. scheduler:
@@ -38,6 +37,8 @@ class Attempt:
     decision: DecisionName = "running"
     reason: str = ""
     exit_code: int | None = None
+    asked_at_limit: bool = False
+    """SLURM was asked to start the job again before the ranks had ended."""
     time_unix: float = 0.0
     """When it was decided."""
 
@@ -56,7 +57,8 @@ def read(run_directory: Path) -> list[Attempt]:
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,), "int": (int,), "float": (int, float), "int | None": (int, type(None)), "DecisionName": (str,),
+    "str": (str,), "int": (int,), "bool": (bool,), "float": (int, float), "int | None": (int, type(None)),
+    "DecisionName": (str,),
 }  # fmt: skip
 
 
@@ -78,8 +80,7 @@ def write(run_directory: Path, attempt: Attempt) -> None:
         attempts[same[-1]] = attempt
     else:
         attempts.append(attempt)
-    directory = slurm_directory(run_directory)
-    directory.mkdir(mode=directory_mode(), exist_ok=True)
+    directory = made_slurm_directory(run_directory)
     content = {"version": _VERSION, "attempts": [asdict(one) for one in attempts]}
     replace_text(directory / _NAME, json.dumps(content, indent=2) + "\n")
 
@@ -97,15 +98,22 @@ def restarts_without_progress(attempts: Sequence[Attempt], job: str, restart: in
     """Return how many automatic restarts in a row led to no checkpoint beyond ``step``, before start ``restart`` ends.
 
     Counted back from the start before, within the job and to the last decision that ended it: what a person starts
-    begins anew. Restarts that SLURM made (preemption) say nothing of the run and are passed over.
+    begins anew. Restarts that SLURM made (preemption) say nothing of the run and are passed over. Starts that could not
+    be recorded count, whatever they were: else a job that can't write would start again for ever.
     """
-    count = 0
+    count = _unrecorded(attempts, job, restart)
     for one in _series(attempts, job, restart):
         if one.decision in _COUNTED:
             if one.step < step:
                 break
             count += 1
     return count
+
+
+def _unrecorded(attempts: Sequence[Attempt], job: str, restart: int) -> int:
+    """Return how many starts of the job in a row before ``restart``, itself not recorded, left no record."""
+    newest = max((one.restart for one in attempts if one.job == job and one.restart <= restart), default=-1)
+    return max(restart - 1 - newest, 0)
 
 
 def retries(attempts: Sequence[Attempt], job: str, restart: int) -> int:

@@ -28,13 +28,18 @@ _LOADING_SECONDS = 150
 """For Python and torch to be loaded, from a network file system perhaps, and for srun to start and end the ranks."""
 _NODE_CHECK = """
 # Are these nodes fit for the run? 1: a node is at fault, RUN/failure.json names it; 2: the recipe or environment is.
-# srun waits for ever for a node that it can't reach, hence timeout. USR1 ends the check: nothing is to be saved yet.
+# srun waits for ever for a node that it can't reach, hence timeout, which passes TERM on and would die of USR1. Signals
+# end the check, since nothing is to be saved yet; one that only the step got has killed its processes (128 + 10, 12).
+ask_by=TERM
 {start} &
 step=$!
+[ -z "$asked" ] || ask_to_stop
 while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
 code=0
 wait "$step" || code=$?
-step=
+step= ask_by=USR1
+case $code in 138 | 140) asked=1 ;; esac
+[ -z "$asked" ] || not_started
 [ "$code" -eq 0 ] || settle "$code"
 """
 

@@ -60,15 +60,19 @@ class JobFacts:
     """Constraint; empty: none."""
     excluded: str
     """Host list; empty: none."""
+    preempted: bool = False
+    """Since it started: with PreemptMode=CANCEL neither state nor reason says so while the job ends."""
 
 
 def show_job(job_id: str) -> JobFacts:
     """Return the facts of a job that the controller still knows. Raises SlurmCommandError."""
-    answer = _run(["scontrol", "show", "job", _checked(job_id), "-o"], _ASK_SECONDS)
-    names = "JobState|Reason|Restarts|NumNodes|Partition|Features|ExcNodeList"
+    answer = _run(["scontrol", "show", "job", _checked(job_id), "-o"], _ASK_SECONDS, SLURM_TIME_FORMAT="%s")
+    names = "JobState|Reason|Restarts|NumNodes|Partition|Features|ExcNodeList|PreemptTime|StartTime"
     fields = dict(re.findall(rf"(?:^|\s)({names})=(\S*)", answer))
     text = {name: "" if value in ("(null)", "None", "N/A", "Unknown") else value for name, value in fields.items()}
     counts = {name: re.match(r"[0-9]{1,9}", text.get(name, "")) for name in ("Restarts", "NumNodes")}
+    times = [text.get(name, "") for name in ("PreemptTime", "StartTime")]
+    preempted, started = (int(time) if time.isdecimal() else 0 for time in times)
     return JobFacts(
         state=text.get("JobState", ""),
         reason=text.get("Reason", ""),
@@ -77,6 +81,7 @@ def show_job(job_id: str) -> JobFacts:
         partition=text.get("Partition", ""),
         features=text.get("Features", ""),
         excluded=text.get("ExcNodeList", ""),
+        preempted=preempted > 0 and preempted >= started,  # an earlier start's stays in the job's record
     )
 
 

@@ -70,8 +70,9 @@ def stage_lines(plan: StartPlan) -> list[str]:
         f"{STAGE_VARIABLE}={shlex.quote(plan.stage_directory)}/trainer-$UID-$SLURM_JOB_ID",
         f"export {STAGE_VARIABLE}",
         f"""trap '{each_node} rm -rf "${STAGE_VARIABLE}" "${STAGE_VARIABLE}.tar" || true' EXIT""",
-        f'sbcast --force {shlex.quote(plan.stage)} "${STAGE_VARIABLE}.tar"',
-        f'{each_node} bash -c {shlex.quote(unpack)} "${STAGE_VARIABLE}"',
+        f'sbcast --force {shlex.quote(plan.stage)} "${STAGE_VARIABLE}.tar" || not_started "sbcast failed (exit $?)"',
+        f'{each_node} bash -c {shlex.quote(unpack)} "${STAGE_VARIABLE}" ||',
+        '  not_started "launch.slurm.stage could not be unpacked (exit $?)"',
     ]
 
 

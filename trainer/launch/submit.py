@@ -35,6 +35,14 @@ def refuse_stopped(run_directories: Iterable[Path]) -> None:
             raise RefusedError(f"{path} exists: no start would train → remove it: rm {shlex.quote(str(path))}")
 
 
+def made_slurm_directory(run_directory: Path) -> Path:
+    """Return RUN/slurm, made if need be; RUN too, which a task of a sweep may not have yet. Raises OSError."""
+    run_directory.mkdir(mode=directory_mode(), parents=True, exist_ok=True)
+    directory = slurm_directory(run_directory)
+    directory.mkdir(mode=directory_mode(), exist_ok=True)
+    return directory
+
+
 def make_submittable(run_directory: Path, group: GroupAccess = "none") -> None:
     """Make the run directory with what a job needs in it. Raises RefusedError as `write_script`."""
     if shutil.which("sbatch") is None:

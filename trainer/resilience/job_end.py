@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
+from trainer.core.slurm_job import controller_id
+
 logger = logging.getLogger(__name__)
 
 _INTERVAL_SECONDS = 300.0
@@ -27,7 +29,7 @@ class JobEnd:
         """
         self._unix = _of_environment(environment)
         self._interval_seconds = interval_seconds
-        job_id = environment.get("SLURM_JOB_ID", "")
+        job_id = controller_id(environment)
         if ask is not None and job_id:
             threading.Thread(target=self._watch, args=(ask, job_id), name="job end", daemon=True).start()
 
