@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from trainer.cli.main import app
 from trainer.config.load import read_mapping
 from trainer.core.errors import Problem, RecipeError, RefusedError
 from trainer.launch.finished import finished_since_submission
+from trainer.launch.slurm import LaunchPlan, render
 from trainer.launch.submit import dependency, recorded_jobs
 from trainer.launch.sweep import MAXIMUM_TASKS, plan_sweep, read_axes
 from trainer.launch.sweep_file import Sweep, Task, read_sweep, write_sweep
@@ -53,6 +55,22 @@ def test_values_reach_the_task_unchanged(tmp_path_factory, values):
     mapping, problems = read_mapping(directory / "recipe.yaml", read_sweep(directory).tasks[0].overrides(directory))
     assert problems == []
     assert mapping["a"]["b"] == values
+
+
+def test_task_and_script_agree_on_a_name_of_the_greatest_length(tmp_path):
+    name = "n" * 100
+    sweep = plan_sweep(name, tmp_path / "r.yaml", [], {"a.b": [1, 2]}, tmp_path, nothing)
+    assert len(sweep.tasks[1].name) == 100
+    plan = LaunchPlan(
+        job_name=name, nodes=1, ranks_per_node=1, time="30", array="1-2%2", sweep=True, command=("python3",),
+        python="python3", working_directory=tmp_path, run_directory=tmp_path,
+    )  # fmt: skip
+    line = next(line for line in render(plan).splitlines() if line.startswith("run="))
+    said = subprocess.run(
+        ["bash", "-c", f'{line}; echo "$run"'], env={"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert said.stdout.strip() == str(tmp_path / sweep.tasks[1].name)
 
 
 @pytest.mark.parametrize("options", [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -15,5 +16,7 @@ def fetch(
 ) -> None:
     """Download what a recipe names on the Hugging Face Hub and pin its commits in RECIPE.lock.json."""
     from trainer.launch.fetch import fetch as fetch_recipe
+    from trainer.launch.profile import profile_of_recipe
 
-    fetch_recipe(recipe, overrides or [], typer.echo, update=update)
+    site = profile_of_recipe(recipe, overrides or [], os.environ)
+    fetch_recipe(recipe, overrides or [], typer.echo, update=update, under=site.under if site else None)

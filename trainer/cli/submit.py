@@ -56,6 +56,7 @@ def submit(
 ) -> None:
     """Submit a run to SLURM. The job checkpoints before its time limit and goes back into the queue."""
     from trainer.core.errors import RefusedError
+    from trainer.launch.profile import profile_of_recipe
     from trainer.launch.submit import dependency
 
     if probe:
@@ -69,12 +70,12 @@ def submit(
         raise RefusedError("--max-running limits a sweep → add --sweep KEY=V1,V2, or remove it")
     waits_for = dependency(after, singleton=singleton)
     settings = [*(overrides or []), *_launch_overrides(nodes, gpus_per_node, time, profile)]
-    site = _profile(recipe, settings)
+    site = profile_of_recipe(recipe, settings, os.environ)
     if sweep:
         _submit_sweep(recipe, settings, site, sweep, max_running, waits_for, dry_run=dry_run)
         return
     checked, plan = _plan(recipe, settings, site, array)
-    _hand_over(plan, checked, site, waits_for, chain or 1, dry_run=dry_run)
+    _hand_over(plan, checked, site, waits_for, chain or 1, [plan.run_directory], dry_run=dry_run)
 
 
 def _plan(recipe: Path, settings: list[str], site: Profile | None, tasks: int | None) -> tuple[Recipe, LaunchPlan]:
@@ -109,9 +110,10 @@ def _submit_sweep(
     import dataclasses
 
     from trainer.core.errors import RefusedError
+    from trainer.launch.slurm import render
     from trainer.launch.submit import make_submittable, refuse_stopped
     from trainer.launch.sweep import plan_sweep, read_axes
-    from trainer.launch.sweep_file import write_sweep
+    from trainer.launch.sweep_file import is_written, withdraw_sweep, write_sweep
     from trainer.preflight.check import prepare
 
     values = read_axes(axes)
@@ -135,21 +137,32 @@ def _submit_sweep(
         array=f"1-{len(found.tasks)}%{min(max_running or len(found.tasks), len(found.tasks))}",
         sweep=True,
     )
+    written = is_written(plan.run_directory, found)
+    render(plan)  # refuses what can't be submitted, before anything is written
     if not dry_run:
         refuse_stopped([plan.run_directory / task.name for task in found.tasks])
+    if not dry_run and not written:
         make_submittable(plan.run_directory, checked.run.group_access)
         write_sweep(plan.run_directory, found)
     for task in found.tasks:
         shown = " ".join(f"{key}={_yaml(value)}" for key, value in task.values.items())
         typer.echo(f"{task.number:>4}  {task.name}  {shown}", err=True)
-    _hand_over(plan, checked, site, waits_for, 1, dry_run=dry_run)
+    directories = [plan.run_directory / task.name for task in found.tasks]
+    try:
+        _hand_over(plan, checked, site, waits_for, 1, directories, dry_run=dry_run)
+    except RefusedError:
+        if not dry_run and not written:
+            withdraw_sweep(plan.run_directory)
+        raise
 
 
 def _hand_over(
-    plan: LaunchPlan, checked: Recipe, site: Profile | None, waits_for: str | None, jobs: int, *, dry_run: bool
-) -> None:
-    """Render the script and submit it, or show it."""
+    plan: LaunchPlan, checked: Recipe, site: Profile | None, waits_for: str | None, jobs: int, directories: list[Path],
+    *, dry_run: bool,
+) -> None:  # fmt: skip
+    """Render the script and submit it for the runs in ``directories``, or show it."""
     from trainer.launch.slurm import render
+    from trainer.launch.stale_stop import withdraw_stale_stop
     from trainer.launch.submit import refuse_stopped, submit_chain, write_script
     from trainer.launch.submit import submit as submit_job
 
@@ -161,6 +174,8 @@ def _hand_over(
         return
     refuse_stopped([plan.run_directory])
     path = write_script(plan.run_directory, script, checked.run.group_access)
+    for directory in directories:  # before a job can start, which would end by it
+        withdraw_stale_stop(directory, lambda text: typer.echo(text, err=True))
     if plan.array is None:
         ids = submit_chain(path, jobs, waits_for)
     else:
@@ -168,19 +183,6 @@ def _hand_over(
     for job_id in ids:
         typer.echo(job_id)
     typer.echo(f"submitted {path}; follow it with: trainer status {checked.run.directory}", err=True)
-
-
-def _profile(recipe: Path, settings: list[str]) -> Profile | None:
-    """Return the profile that command line or recipe name; what else is wrong with them is said later."""
-    from trainer.config.load import read_mapping
-    from trainer.launch.profile import find_profile
-
-    section = read_mapping(recipe, settings)[0] or {}
-    for key in ("launch", "slurm"):
-        below = section.get(key)
-        section = below if isinstance(below, dict) else {}
-    named = section.get("profile")
-    return find_profile(named if isinstance(named, str) else None, os.environ)
 
 
 def _probe(profile: str | None, output: Path | None, recipe: Path | None, overrides: list[str] | None) -> None:

@@ -96,6 +96,7 @@ def _launch(recipe: Path, overrides: list[str]) -> int:
     from trainer.core.run_lock import refuse_if_held
     from trainer.launch.local import run_local
     from trainer.launch.ssh import run_hosts
+    from trainer.launch.stale_stop import is_started_again, withdraw_stale_stop
     from trainer.preflight.check import prepare
     from trainer.training.starting import nothing_to_do
 
@@ -106,6 +107,8 @@ def _launch(recipe: Path, overrides: list[str]) -> int:
         print(words)
         return 0
     keep_private(prepared.recipe.run.group_access)
+    if not is_started_again(os.environ):
+        withdraw_stale_stop(directory, print)
     launch, processes = prepared.recipe.launch, prepared.derived.world_size
     print(f"{prepared.recipe.run.name}: starting {processes} rank{'s' if processes > 1 else ''}", flush=True)
     command = [sys.executable, "-m", "trainer", "train", str(recipe), *overrides]

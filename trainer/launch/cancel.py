@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from trainer.core.control_file import new_command, write_command
 from trainer.core.errors import RefusedError, TrainerError
 from trainer.launch.queue import ask_queue
-from trainer.launch.slurm_commands import cancel_jobs
+from trainer.launch.slurm_commands import cancel_jobs, user_name
 from trainer.launch.submit import recorded_jobs
 from trainer.launch.sweep_file import read_sweep, task_of_sweep
 
@@ -44,7 +43,7 @@ def cancel(run_directory: Path, *, now: bool, whole_sweep: bool, say: Callable[[
     if queue.note is not None:
         raise TrainerError(f"nothing was cancelled: {queue.note}")
     jobs = [job for job in queue.of(ids) if not job.ended]
-    ours = [job for job in jobs if job.user in (None, getpass.getuser())]
+    ours = [job for job in jobs if job.user in (None, user_name())]
     ending = [job for job in ours if now or job.state == "PENDING"]
     asked = [job for job in ours if job not in ending]
     foreign = [job for job in jobs if job not in ours]

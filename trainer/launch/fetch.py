@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Generator, Iterable
+import os
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,23 @@ from trainer.config.schema import build_recipe
 from trainer.core.durable import replace_text
 from trainer.core.errors import Problem, RecipeError, RefusedError, TrainerError
 from trainer.core.units import format_bytes
-from trainer.launch.hub_files import Wanted, wanted
+from trainer.launch.hub_files import Wanted, cache_of_jobs, wanted
 
 _TIMEOUT_SECONDS = 30.0
 
 
-def fetch(recipe_path: Path, overrides: Iterable[str], say: Callable[[str], None], *, update: bool = False) -> Path:
+def fetch(
+    recipe_path: Path, overrides: Iterable[str], say: Callable[[str], None], *, update: bool = False,
+    under: Mapping[str, Any] | None = None,
+) -> Path:  # fmt: skip
     """Download the recipe's models and tokenizers and write RECIPE.lock.json; return its path.
 
     What is locked stays at its commit unless the recipe asks for another revision, or ``update``. Files that are there
-    are not downloaded again, and an interrupted download continues. Raises RefusedError where the Hub has not got what
-    the recipe names, or refuses it; TrainerError where it can't be reached. The lock is written last.
+    are not downloaded again, and an interrupted download continues. ``under`` is what a site profile says: it may name
+    the cache that jobs read. Raises RefusedError where the Hub has not got what the recipe names, or refuses it;
+    TrainerError where it can't be reached. The lock is written last.
     """
-    mapping, problems = read_mapping(recipe_path, overrides, locked=False)
+    mapping, problems = read_mapping(recipe_path, overrides, under, locked=False)
     recipe, more = build_recipe(mapping) if mapping is not None else (None, [])
     path = lock_path(recipe_path)
     before, wrong = read_lock(path)
@@ -37,11 +42,14 @@ def fetch(recipe_path: Path, overrides: Iterable[str], say: Callable[[str], None
         say("the recipe names no Hugging Face id: nothing to fetch")
         return path
     _refuse_two_revisions(repositories)
+    cache = cache_of_jobs(recipe, os.environ)
+    if cache is not None:
+        say(f"into {cache}, by launch.slurm.environment")
     locked: dict[str, Locked] = {}
     for repository in repositories:
         known = before.get(repository.repository)
         keep = known is not None and not update and repository.revision in (known.revision, known.commit)
-        commit = _fetch_one(repository, known.commit if keep and known else repository.revision, say)
+        commit = _fetch_one(repository, known.commit if keep and known else repository.revision, cache, say)
         locked[repository.repository] = Locked(repository.revision, commit)
     replace_text(path, lock_text(locked))
     say(f"pinned in {path}")
@@ -58,7 +66,7 @@ def _refuse_two_revisions(repositories: list[Wanted]) -> None:
             raise RecipeError(Problem(key, repository.revision, rule, "give one revision of it"))
 
 
-def _fetch_one(repository: Wanted, revision: str | None, say: Callable[[str], None]) -> str:
+def _fetch_one(repository: Wanted, revision: str | None, cache: Path | None, say: Callable[[str], None]) -> str:
     """Download one repository and return its commit."""
     hub: Any = importlib.import_module("huggingface_hub")  # slow to load, and typed in part only
 
@@ -72,7 +80,7 @@ def _fetch_one(repository: Wanted, revision: str | None, say: Callable[[str], No
             raise RefusedError(Problem(repository.key, name, rule, "choose a revision that has them"))
         total = format_bytes(sum(sizes[file] for file in files))
         say(f"{name} at {info.sha[:12]}: {len(files)} files, {total}")
-        hub.snapshot_download(name, revision=info.sha, allow_patterns=files)
+        hub.snapshot_download(name, revision=info.sha, allow_patterns=files, cache_dir=cache)
     return str(info.sha)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,6 +20,10 @@ _TOKENIZER = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.*", "merges.txt", "*.model", "*.tiktoken", "*.jinja",
 )  # fmt: skip
+_CACHES = (
+    ("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub"),
+)  # fmt: skip
+"""Variables by which huggingface_hub finds its cache, the first that is set wins, and where it is below them."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,34 @@ def wanted(recipe: Recipe) -> list[Wanted]:
     return list(found.values())
 
 
+def cache_of_jobs(recipe: Recipe, environment: Mapping[str, str]) -> Path | None:
+    """Return the cache of Hugging Face files that jobs of ``recipe`` read, as a path outside of their container.
+
+    None where launch.slurm.environment names none: the cache is that of ``environment``, which jobs inherit.
+    """
+    slurm = recipe.launch.slurm
+    own = {name: str(value) for name, value in slurm.environment.items()}
+    if not own.keys() & {name for name, _ in _CACHES}:
+        return None
+    seen = {**environment, **own}
+    name, below = next(((name, below) for name, below in _CACHES if seen.get(name)), ("", ""))
+    if not name:  # an empty value counts as none
+        return None
+    path = Path(os.path.expandvars(os.path.expanduser(seen[name]))) / below
+    for mount in slurm.container.mounts if slurm.container is not None else ():
+        source, _, rest = mount.partition(":")
+        target = rest.partition(":")[0]
+        if target.startswith("/") and path.is_relative_to(target):
+            return Path(source) / path.relative_to(target)
+    return path
+
+
 def not_cached(recipe: Recipe) -> list[Problem]:
     """Return a problem for each id of the recipe that a job without internet would not find in the cache."""
-    return list(_not_cached(wanted(recipe)))
+    return list(_not_cached(wanted(recipe), cache_of_jobs(recipe, os.environ)))
 
 
-def _not_cached(repositories: Sequence[Wanted]) -> Iterator[Problem]:
+def _not_cached(repositories: Sequence[Wanted], cache: Path | None) -> Iterator[Problem]:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     hub: Any = importlib.import_module("huggingface_hub")  # slow to load, and typed in part only
@@ -67,11 +94,12 @@ def _not_cached(repositories: Sequence[Wanted]) -> Iterator[Problem]:
             # Newer releases know the list of all files, and refuse a snapshot that lacks some of what is asked for.
             found = hub.snapshot_download(
                 repository.repository, revision=repository.revision, local_files_only=True,
-                allow_patterns=list(repository.patterns), ignore_patterns=["*/*"],
+                cache_dir=cache, allow_patterns=list(repository.patterns), ignore_patterns=["*/*"],
             )  # fmt: skip
             folder = Path(found)
         except (LocalEntryNotFoundError, OSError):
-            rule = "is not in the cache of Hugging Face files, and jobs run offline"
+            where = f" ({cache}, by launch.slurm.environment)" if cache is not None else ""
+            rule = f"is not in the cache of Hugging Face files{where}, and jobs run offline"
             yield Problem(repository.key, repository.repository, rule, fix)
             continue
         missing = _missing_files(folder, repository)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from trainer.config.launch import SlurmConfig
+from trainer.config.load import read_mapping
 from trainer.config.schema import slurm_section_problems
 from trainer.config.slurm import slurm_problems
 from trainer.config.suggest import nearest
@@ -46,6 +47,16 @@ class Profile:
     def for_ranks(self, slurm: SlurmConfig) -> list[str]:
         """Return as overrides what ranks read of this profile: the job itself knows the recipe only."""
         return [_override(name, getattr(slurm, name)) for name in _READ_BY_RANKS if name in self.values]
+
+
+def profile_of_recipe(recipe: Path, settings: Iterable[str], environment: Mapping[str, str]) -> Profile | None:
+    """Return the profile that command line or recipe name; what else is wrong with them is said later."""
+    section = read_mapping(recipe, settings, locked=False)[0] or {}
+    for key in ("launch", "slurm"):
+        below: Any = section.get(key)
+        section = cast("dict[str, Any]", below) if isinstance(below, dict) else {}
+    named: object = section.get("profile")
+    return find_profile(named if isinstance(named, str) else None, environment)
 
 
 def _override(name: str, value: Any) -> str:

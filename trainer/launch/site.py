@@ -39,6 +39,14 @@ def environment_lines(environment: Mapping[str, str | int], network_interface: s
     return [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
 
 
+def export_lines() -> list[str]:
+    """Return the lines that hand the job's variables on to the ranks, also where it was submitted with --export=NONE.
+
+    SLURM tells the job so by these, and srun would then start the ranks without any of what this script sets.
+    """
+    return ["unset SLURM_EXPORT_ENV SRUN_EXPORT_ENV"]
+
+
 def gpu_lines(gres_style: str) -> list[str]:
     """Return the lines that let every rank see all GPUs of its node, whatever they were asked for by.
 

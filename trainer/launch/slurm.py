@@ -17,8 +17,9 @@ from trainer.core.errors import Problem, RefusedError
 from trainer.core.redact import redacted_text
 from trainer.core.resources import resource_directory
 from trainer.launch.container import in_container, srun_container_options
-from trainer.launch.site import environment_lines, gpu_lines, module_lines
+from trainer.launch.site import environment_lines, export_lines, gpu_lines, module_lines
 from trainer.launch.starters import Starter, signal_target, stage_lines, start_line
+from trainer.launch.sweep_file import task_stem
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _PATH = re.compile(r"/[\w./+=@:,~% -]*")
@@ -88,7 +89,7 @@ class LaunchPlan:
     array: str | None = None
     """Tasks of a job array, e.g. 1-5%1; None: one job."""
     sweep: bool = False
-    """Each task of the array has a run directory of its own: ``run_directory``/JOB_NAME-0001..."""
+    """Each task of the array has a run directory of its own: ``run_directory``/`task_stem`-0001..."""
     starter: Starter = "srun"
     """What starts the ranks in the job."""
     mpi: Literal["none", "pmix", "pmi2"] = "none"
@@ -178,7 +179,7 @@ def render(plan: LaunchPlan) -> str:
 
 
 def _site_lines(plan: LaunchPlan) -> list[str]:
-    lines = [*gpu_lines(plan.gres_style), *module_lines(plan.modules)]
+    lines = [*export_lines(), *gpu_lines(plan.gres_style), *module_lines(plan.modules)]
     return lines + environment_lines(plan.environment, plan.network_interface)
 
 
@@ -187,7 +188,7 @@ def _run_directory(plan: LaunchPlan) -> str:
     whole = shlex.quote(str(plan.run_directory))
     if not plan.sweep:
         return whole
-    return f'{whole}/{plan.job_name}-"$(printf %04d "$SLURM_ARRAY_TASK_ID")"'
+    return f'{whole}/{task_stem(plan.job_name)}-"$(printf %04d "$SLURM_ARRAY_TASK_ID")"'
 
 
 def _start(plan: LaunchPlan) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
 import os
+import pwd
 import re
 import subprocess
 from collections.abc import Sequence
@@ -18,6 +18,19 @@ _ASK_SECONDS = 15.0
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,200}")
 _MAXIMUM_SHOWN = 20
 """scontrol is asked job by job."""
+_GPU_COUNTS = ("GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "GRES")
+_VARIABLES = {
+    "time": ("TIMELIMIT",), "mem": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"), "switches": ("REQ_SWITCH",),
+    "gpus-per-node": _GPU_COUNTS, "gpus-per-task": _GPU_COUNTS, "gres": _GPU_COUNTS,
+    "mem-per-cpu": ("MEM_PER_NODE", "MEM_PER_GPU"), "mem-per-gpu": ("MEM_PER_NODE", "MEM_PER_CPU"),
+    "core-spec": ("THREAD_SPEC",), "cpus-per-task": ("CPUS_PER_GPU",), "cpus-per-gpu": ("CPUS_PER_TASK",),
+}  # fmt: skip
+"""Of sbatch's options, where SBATCH_ and the option's name is not all: with those that exclude it."""
+_NEVER_FROM_OUTSIDE = (
+    "ARRAY_INX", "ERROR", "EXPORT", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "NO_KILL", "NO_REQUEUE", "OPEN_MODE",
+    "REQUEUE", "SIGNAL", "WAIT",
+)  # fmt: skip
+"""Without these a job saves, starts again and is followed as the recipe and the command line say, or not at all."""
 _JOB_ID = re.compile(r"[0-9]{1,12}(?:_[0-9]{1,9})?")
 
 
@@ -37,7 +50,8 @@ def is_job_id(text: str) -> bool:
 def submit_script(script: Path, dependency: str | None = None) -> str:
     """Hand ``script`` to sbatch and return the job id. Raises SlurmCommandError."""
     options = [f"--dependency={dependency}"] if dependency else []
-    answer = _run(["sbatch", "--parsable", *options, str(script)], _SUBMIT_SECONDS)
+    dropped = _overriding(script.read_text(encoding="utf-8"))
+    answer = _run(["sbatch", "--parsable", *options, str(script)], _SUBMIT_SECONDS, without=dropped)
     job_id = answer.strip().split("\n")[-1].split(";")[0]  # "id;cluster" on a federation
     if not is_job_id(job_id):
         raise SlurmCommandError(f"sbatch answered {answer.strip()!r} instead of a job id")
@@ -155,7 +169,7 @@ def cancel_jobs(job_ids: Sequence[str]) -> None:
 def cluster_config() -> dict[str, str]:
     """Return ``scontrol show config`` by name. Raises SlurmCommandError."""
     answer = _run(["scontrol", "show", "config"], _ASK_SECONDS)
-    return dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", answer, re.MULTILINE))
+    return dict(re.findall(r"^(\w+)[ \t]*=[ \t]*(.*?)[ \t]*$", answer, re.MULTILINE))
 
 
 def node_kinds() -> list[tuple[str, str, str, str, str, str]]:
@@ -185,9 +199,17 @@ def srun_has_option(option: str) -> bool:
         return False
 
 
+def user_name() -> str:
+    """Return whose jobs ours are. By the system, not by $LOGNAME, which SLURM does not look at."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container without the user in its passwd
+        return str(os.geteuid())
+
+
 def accounts_of_user() -> list[str]:
     """Return the accounts this user may charge; nothing where the cluster keeps none."""
-    form = ["format=account", f"user={getpass.getuser()}"]
+    form = ["format=account", f"user={user_name()}"]
     try:
         answer = _run(["sacctmgr", "-n", "-P", "show", "associations", *form], _ASK_SECONDS)
     except SlurmCommandError:
@@ -206,7 +228,7 @@ def accepts_options(options: Sequence[str]) -> bool:
 
 def test_script(text: str) -> None:
     """Raise SlurmRefusedError where sbatch would not take this batch script. Nothing is submitted."""
-    _run(["sbatch", "--test-only"], _SUBMIT_SECONDS, input_text=text)
+    _run(["sbatch", "--test-only"], _SUBMIT_SECONDS, input_text=text, without=_overriding(text))
 
 
 def run_on_node(options: Sequence[str], command: Sequence[str], seconds: float) -> str:
@@ -254,15 +276,27 @@ def _checked(job_id: str) -> str:
     return job_id
 
 
+def _overriding(script: str) -> frozenset[str]:
+    """Return the variables that sbatch would obey rather than the lines of ``script``.
+
+    What the script leaves open is left to them: a site's SBATCH_ACCOUNT, say.
+    """
+    options = set(re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE))
+    names = {name for option in options for name in _VARIABLES.get(option, ())}
+    names |= {option.upper().replace("-", "_") for option in options}
+    return frozenset(f"SBATCH_{name}" for name in (*names, *_NEVER_FROM_OUTSIDE))
+
+
 def _run(
-    command: list[str], seconds: float, *, input_text: str | None = None, errors_too: bool = False, **variables: str
-) -> str:
+    command: list[str], seconds: float, *, input_text: str | None = None, errors_too: bool = False,
+    without: frozenset[str] = frozenset(), **variables: str,
+) -> str:  # fmt: skip
     # The variables of a job we run in (SLURM_NTASKS...) would steer the new one. The cluster's address and a site's
     # defaults (SBATCH_ACCOUNT...) stay.
     environment = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("SLURM_") or name in ("SLURM_CONF", "SLURM_CLUSTERS")
+        if (not name.startswith("SLURM_") or name in ("SLURM_CONF", "SLURM_CLUSTERS")) and name not in without
     } | variables
     try:
         done = subprocess.run(

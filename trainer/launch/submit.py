@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +20,8 @@ from trainer.core.private import GroupAccess, directory_mode, file_mode, keep_pr
 from trainer.launch.slurm_commands import SlurmRefusedError, is_job_id, submit_script
 from trainer.launch.sweep_file import task_of_sweep
 
-_JOBS_NAME = "jobs.json"
+_JOBS_NAME, _LOCK_NAME = "jobs.json", ".jobs.lock"
+_LOCK_SECONDS = 5.0
 _KINDS = ("afterany", "afternotok", "afterok", "after")
 
 
@@ -165,5 +168,32 @@ def _read_jobs(directory: Path) -> list[dict[str, Any]]:
 
 
 def _record_job(directory: Path, job: dict[str, Any]) -> None:
-    text = json.dumps({"jobs": [*_read_jobs(directory), job]}, indent=2) + "\n"
-    replace_text(directory / _JOBS_NAME, text)
+    with _recording_alone(directory):
+        text = json.dumps({"jobs": [*_read_jobs(directory), job]}, indent=2) + "\n"
+        replace_text(directory / _JOBS_NAME, text)
+
+
+@contextlib.contextmanager
+def _recording_alone(directory: Path) -> Generator[None]:
+    """Keep a submission that goes on at the same moment from writing over what this one records.
+
+    Where the file system has no locks, or somebody holds one for seconds, we go on without: the job is submitted.
+    """
+    try:
+        descriptor = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, file_mode())
+    except OSError:
+        yield
+        return
+    try:
+        end = time.monotonic() + _LOCK_SECONDS
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(descriptor)

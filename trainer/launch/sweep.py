@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from trainer.config.yaml_text import YamlTextError, parse_yaml
 from trainer.core.errors import Problem, RecipeError, RefusedError
-from trainer.launch.sweep_file import Sweep, Task, as_yaml
+from trainer.core.redact import redacted, redacted_text
+from trainer.launch.sweep_file import Sweep, Task, as_yaml, task_stem
 
 MAXIMUM_TASKS = 500
 """Each is checked here, and SLURM takes arrays of 1000 by default (MaxArraySize)."""
@@ -51,11 +52,13 @@ def plan_sweep(
 ) -> Sweep:  # fmt: skip
     """Return the sweep of all combinations in ``axes``, each passed to ``check`` as a list of overrides.
 
-    Raises RecipeError with the distinct problems of all combinations, and how many they are of.
+    Raises RecipeError with the distinct problems of all combinations, and how many they are of; RefusedError for a
+    secret, which sweep.json would hold in clear.
     """
+    _refuse_secrets(overrides, axes)
     combinations = itertools.product(*axes.values())
     tasks = [
-        Task(number, f"{name[:95]}-{number:04d}", dict(zip(axes, values, strict=True)))
+        Task(number, f"{task_stem(name)}-{number:04d}", dict(zip(axes, values, strict=True)))
         for number, values in enumerate(combinations, start=1)
     ]
     found: dict[str, Problem] = {}
@@ -70,6 +73,24 @@ def plan_sweep(
     if found:
         raise RecipeError(_bounded(found, tasks_of, len(tasks)), title=f"sweep of {recipe} refused")
     return Sweep(str(recipe), list(overrides), tasks)
+
+
+def _refuse_secrets(overrides: Sequence[str], axes: dict[str, list[Any]]) -> None:
+    texts = [*overrides, *(f"{key}={as_yaml(value)}" for key, values in axes.items() for value in values)]
+    keys = dict.fromkeys(text.partition("=")[0] for text in texts if _has_secret(text))
+    if keys:
+        rule = "looks like a secret, and sweep.json is kept and shown"
+        fix = "read it from a file, by launch.slurm.setup"
+        raise RefusedError([Problem(key, None, rule, fix) for key in keys], title="sweep refused")
+
+
+def _has_secret(override: str) -> bool:
+    key, _, text = override.partition("=")
+    try:
+        value: Any = parse_yaml(text)
+    except YamlTextError:
+        value = None
+    return redacted_text(override) != override or redacted({key: value}) != {key: value}
 
 
 def _bounded(found: dict[str, Problem], tasks_of: dict[str, list[int]], count: int) -> list[Problem]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from trainer.core.durable import replace_text
+from trainer.core.errors import Problem, RefusedError
 
 FORMAT, VERSION = "trainer-sweep", 1
 _NAME = "sweep.json"
+_NAME_CHARACTERS = 95
+"""Of run.name in the names of the tasks: with the number they are as long as a run.name may be."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class Sweep:
     tasks: list[Task]
 
 
+def task_stem(name: str) -> str:
+    """Return what the names of all tasks of a sweep begin with, before ``-0001``; ``name`` is its run.name."""
+    return name[:_NAME_CHARACTERS]
+
+
 def as_yaml(value: Any) -> str:
     """Return one value as YAML text: JSON is, but for what YAML does not take unescaped."""
     text = json.dumps(value, ensure_ascii=False)
@@ -49,9 +58,36 @@ def as_yaml(value: Any) -> str:
 
 def write_sweep(directory: Path, sweep: Sweep) -> None:
     """Write SWEEP/sweep.json. Raises OSError."""
-    replace_text(
-        directory / _NAME, json.dumps({"format": FORMAT, "version": VERSION, **asdict(sweep)}, indent=2) + "\n"
-    )
+    replace_text(directory / _NAME, _text(sweep))
+
+
+def is_written(directory: Path, sweep: Sweep) -> bool:
+    """Return whether SWEEP/sweep.json says exactly this. Raises RefusedError where it says anything else.
+
+    Tasks that wait, run or start again read it: it must go on saying what they were submitted for.
+    """
+    path = directory / _NAME
+    if not os.path.lexists(path):
+        return False
+    other = read_sweep(directory)
+    if other is None:
+        rule = "is there, but can't be read"
+    elif _text(other) == _text(sweep):
+        return True
+    else:
+        names = ("recipe", "overrides", "tasks")
+        parts = [name for name in names if _text(replace(sweep, **{name: getattr(other, name)})) != _text(sweep)]
+        rule = f"is of a sweep with other {' and '.join(parts)}, whose tasks read it whenever they start"
+    raise RefusedError(Problem(str(path), None, rule, "choose another run.directory"), title="sweep refused")
+
+
+def withdraw_sweep(directory: Path) -> None:
+    """Delete SWEEP/sweep.json: no job was submitted for it."""
+    (directory / _NAME).unlink(missing_ok=True)
+
+
+def _text(sweep: Sweep) -> str:
+    return json.dumps({"format": FORMAT, "version": VERSION, **asdict(sweep)}, indent=2) + "\n"
 
 
 def read_sweep(directory: Path) -> Sweep | None:
