@@ -65,9 +65,9 @@ def test_task_and_script_agree_on_a_name_of_the_greatest_length(tmp_path):
         job_name=name, nodes=1, ranks_per_node=1, time="30", array="1-2%2", sweep=True, command=("python3",),
         python="python3", working_directory=tmp_path, run_directory=tmp_path,
     )  # fmt: skip
-    line = next(line for line in render(plan).splitlines() if line.startswith("run="))
+    line = next(line for line in render(plan).splitlines() if line.startswith("find_run() "))
     said = subprocess.run(
-        ["bash", "-c", f'{line}; echo "$run"'], env={"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True,
+        ["bash", "-c", f'{line}; find_run; echo "$run"'], env={"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True,
         check=True,
     )  # fmt: skip
     assert said.stdout.strip() == str(tmp_path / sweep.tasks[1].name)
