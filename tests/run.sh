@@ -14,15 +14,18 @@ if [ "${1:-}" = fast ]; then
   exec $bin/python -m pytest -q -m fast "$@"
 fi
 PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $bin/pyright --pythonpath $bin/python
+# CPU time is measured while nothing else runs.
+starts=tests/unit/test_import_time.py
+[ $# -gt 0 ] || $bin/python -m pytest -q $starts
 # Two files at a time: tests wait on ranks more than they compute. In the order of collection, the long files first.
 suite="$bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15"
 [ $# -eq 0 ] || exec $suite "$@"
 # The tests on a SLURM cluster wait for limits, lost nodes and queues most of the time: they run beside the others.
 log=$(mktemp)
 trap 'rm -f "$log"; kill $(jobs -p) 2>/dev/null || true' EXIT
-$suite -m slurm >"$log" 2>&1 &
+$suite --ignore=$starts -m slurm >"$log" 2>&1 &
 slurm=$! code=0
-$suite -m "not slurm" || code=$?
+$suite --ignore=$starts -m "not slurm" || code=$?
 wait "$slurm" || code=$?
 cat "$log"
 exit "$code"
