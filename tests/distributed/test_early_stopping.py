@@ -63,7 +63,9 @@ def test_a_run_ends_finished_and_goes_on_with_more_patience(trainer: Trainer, se
     status = trainer.status(run)
     assert (status["state"], status["step"], status["best_step"]) == ("finished", 6, best)
     assert status["reason"].startswith(words)
-    assert recipe.with_suffix(".out").read_text().count(f"finished 6 of {STEPS} steps in {directory}: {words}") == 2
+    said = recipe.with_suffix(".out").read_text()
+    assert said.count(f"finished 6 of {STEPS} steps in {directory}: {words}") == 1
+    assert f"already finished: at step 6, {STEPS} asked for, in {directory}: {words}" in said
     said = nothing_to_do(load_recipe(recipe), STEPS)
     assert said is not None
     assert words in said

@@ -42,7 +42,8 @@ def test_killed_and_resumed_equals_undisturbed(trainer: Trainer, base: str, dtyp
     killed = trainer.recipe(f"{run}-killed", **settings)
     assert trainer.train(killed, faults="train.step:*:13:kill") == [-9, -9]
     assert max(step for step, _ in trainer.metrics(f"{run}-killed")) >= 12
-    assert trainer.status(f"{run}-killed")["state"] == "running"
+    # The supervisor of rank 0 says "failed" where it is not killed before it can.
+    assert trainer.status(f"{run}-killed")["state"] in ("running", "failed")
     trainer.check(trainer.train(killed), killed)
     assert trainer.metrics(f"{run}-killed") == trainer.metrics(f"{run}-straight")
     status = trainer.status(f"{run}-killed")

@@ -67,8 +67,8 @@ def test_task_and_script_agree_on_a_name_of_the_greatest_length(tmp_path):
     )  # fmt: skip
     line = next(line for line in render(plan).splitlines() if line.startswith("find_run() "))
     said = subprocess.run(
-        ["bash", "-c", f'{line}; find_run; echo "$run"'], env={"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True,
-        check=True,
+        ["bash", "-c", f'{line}; find_run; echo "$run"'], env={"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True,
+        text=True, check=True,
     )  # fmt: skip
     assert said.stdout.strip() == str(tmp_path / sweep.tasks[1].name)
 

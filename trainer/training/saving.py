@@ -52,7 +52,6 @@ class Saver:
         self._saved_step = saved_step
         self._best_saved = state.best.step
         self._begun_as_best = False
-        # A rewind needs the newest checkpoint of before the bad steps.
         self._good_step = saved_step if state.guard.bad_since is None else -1
         self._begun_as_good = False
         self._told: Saved | None = None
@@ -139,7 +138,9 @@ class Saver:
 
     def _protected(self) -> set[int]:
         """Return the steps whose checkpoints must stay, whatever retention says."""
-        steps = (self._hook.protected if self._hook else set[int]()) | {self._good_step}
+        steps = set(self._hook.protected) if self._hook else set[int]()
+        if not self._begun_as_good:  # a rewind needs the newest checkpoint of before the bad steps
+            steps.add(self._good_step)
         # That of the best evaluation before stays until the new one's has been committed.
         return steps | {self._state.best.step, self._best_saved} if self._settings.keep_best else steps
 
