@@ -26,6 +26,7 @@ if ! .venv/bin/python -c "from deepspeed.ops.op_builder import AsyncIOBuilder as
   apt-get install -y --no-install-recommends libaio-dev
 fi
 .venv/bin/python -c "from deepspeed.ops.op_builder import AsyncIOBuilder as b; b().load(verbose=False)"
+.venv/bin/python -m pytest -q tests/distributed/test_nvme.py
 .venv/bin/python tools/compatibility.py --layouts --seed "$seed"
 .venv/bin/pip install -q gguf==0.19.0
 .venv/bin/python tests/distributed/real_weights.py

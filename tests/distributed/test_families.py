@@ -38,16 +38,30 @@ DIVERSE = {
     "smollm3": "layers without positions",
 }
 TWO_STAGES = {"parallel": {"pipeline": 2}}
-# The others run in tests/sweep.sh.
-QUICK_LAYOUTS = [
-    case
-    for case in layout_cases()
-    # NVMe needs an operation that takes minutes to compile: test_nvme.py has it
-    if (case.name.startswith("gemma3_text") and "NVMe" not in case.name)
-    or (case.name.startswith("gpt2") and ("PP" in case.name or "TP" in case.name))
-    or ("PP 2" in case.name and "router loss" in case.name)
-    or (case.name.startswith("mixtral") and ("TP 2, ZeRO-1" in case.name or "EP 2" in case.name))
-]
+# Each axis, stage and way to save memory once or in its hardest company; all others run in tests/sweep.sh.
+QUICK = {
+    "gemma3_text": [
+        "1 rank", "DP 2, ZeRO-2", "DP 2, ZeRO-3", "DP 2, ZeRO-3, all on the CPU", "DP 4, ZeRO-3, hpZ 2",
+        "PP 2, ZeRO-1", "PP 4, ZeRO-1", "PP 2 x DP 2, ZeRO-1", "PP 2, recomputed", "Lion, PP 2, ZeRO-1",
+        "Muon, DP 2, ZeRO-2", "Muon, DP 2, ZeRO-3", "Muon, PP 2 x DP 2, ZeRO-1", "SP 2, ZeRO-3", "SP 2 x TP 2, ZeRO-1",
+        "SP 2 x DP 2, ZeRO-1", "TP 2 x DP 2, ZeRO-2", "PP 2 x TP 2 x DP 2, ZeRO-1",
+        "TP 2, recomputed, packed documents", "SP 2, recomputed, packed documents", "SP 2, ZeRO-3, packed documents",
+        "DP 2, ZeRO-3, packed documents", "PP 2 x DP 2, ZeRO-1, packed documents",
+        "DP 2, ZeRO-3, loss and MLP in tiles", "PP 2 x TP 2, ZeRO-1, loss and MLP in tiles",
+    ],
+    "gpt2": [
+        "PP 2 x TP 2, ZeRO-1", "TP 2 x DP 2, ZeRO-2", "PP 2 x DP 2, ZeRO-1, packed documents", "Muon, PP 2, ZeRO-1",
+    ],
+    "mixtral": [
+        "EP 2, ZeRO-0", "EP 2 x DP 2, ZeRO-2", "EP 2, recomputed, packed documents", "TP 2, ZeRO-1, packed documents",
+        "PP 2 x TP 2, ZeRO-1, loss in tiles", "PP 2 x DP 2, ZeRO-1, router loss",
+        "PP 2, two sequences at a time, packed documents, router loss",
+    ],
+    "qwen3_moe": ["PP 2 x TP 2, ZeRO-1, router loss"],
+}  # fmt: skip
+QUICK_NAMES = [f"{family}, {layout}" for family, layouts in QUICK.items() for layout in layouts]
+QUICK_LAYOUTS = [case for case in layout_cases() if case.name in QUICK_NAMES]
+assert len(QUICK_LAYOUTS) == len(QUICK_NAMES)
 
 
 @pytest.fixture(scope="module")
