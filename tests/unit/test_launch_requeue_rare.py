@@ -116,13 +116,21 @@ def test_job_is_left_nodes_that_it_can_use(tmp_path: Path, monkeypatch: pytest.M
     sizes = (
         "n1|idle|a|600000|gpu:a:4(S:0-1)\nn2|idle|a|600000|gpu:4\nn3|idle|a|600000|gpu:2,gpu:b:2\nn4|idle|a|500|gpu:8"
     )
-    answers = [shown.format("(null)", ""), sizes, shown.format("n1", ""), shown.format("(null)", "Reservation=r ")]
+    answers = [
+        shown.format("(null)", ""),
+        sizes,
+        "NumNodes=2 TRES=mem=1000M TresPerNode=gres:gpu:a:4",
+        shown.format("n1", ""),
+        shown.format("(null)", "Reservation=r "),
+    ]
     monkeypatch.setattr(slurm_commands, "_run", lambda *_command, **_variables: answers.pop(0))
     job, nodes = slurm_commands.show_job("17"), slurm_commands.nodes_of()
     assert [(node.name, node.holds(job)) for node in nodes] == [("n1", True), ("n2", True), ("n3", True), ("n4", False)]
     leave = excluded_nodes.that_leave_room
     assert leave(["n1", "n2"], job, [], nodes) == ["n1"]
     assert leave(["n4", "n1"], job, ["n2"], nodes) == ["n4"], "n4 takes no room"
+    per_node = slurm_commands.show_job("17")
+    assert (per_node.gpus, per_node.memory_mb) == (4, 500)
     for _ in range(2):
         assert leave(["n1"], slurm_commands.show_job("17"), [], nodes) == []
 

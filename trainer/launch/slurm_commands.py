@@ -74,7 +74,7 @@ def show_job(job_id: str) -> JobFacts:
     """Return the facts of a job that the controller still knows. Raises SlurmCommandError."""
     answer = _run(["scontrol", "show", "job", _checked(job_id), "-o"], _ASK_SECONDS, SLURM_TIME_FORMAT="%s")
     names = "JobState|Reason|Restarts|NumNodes|Partition|Features|ExcNodeList|ReqNodeList|Reservation"
-    names += "|PreemptTime|StartTime|ReqTRES|TRES"
+    names += "|PreemptTime|StartTime|ReqTRES|TRES|TresPerNode"
     fields = dict(re.findall(rf"(?:^|\s)({names})=(\S*)", answer))
     text = {name: "" if value in ("(null)", "None", "N/A", "Unknown") else value for name, value in fields.items()}
     counts = {name: re.match(r"[0-9]{1,9}", text.get(name, "")) for name in ("Restarts", "NumNodes")}
@@ -92,7 +92,10 @@ def show_job(job_id: str) -> JobFacts:
         excluded=text.get("ExcNodeList", ""),
         bound=bool(text.get("ReqNodeList") or text.get("Reservation")),
         memory_mb=_amount(r"(?:^|,)mem=([0-9.]+)([KMGTP]?)", tres) / max(nodes, 1),
-        gpus=_amount(r"(?:^|,)gres/gpu=([0-9]+)()", tres) / max(nodes, 1),
+        gpus=max(  # the total has them only where the site accounts for them
+            _amount(r"(?:^|,)gres/gpu=([0-9]+)()", tres) / max(nodes, 1),
+            _amount(r"(?:^|,)gres[:/]gpu(?:[:/][^:,=]+)?[:=]([0-9]+)()(?=,|$)", text.get("TresPerNode", "")),
+        ),
         preempted=preempted > 0 and preempted >= started,  # an earlier start's stays in the job's record
     )
 
