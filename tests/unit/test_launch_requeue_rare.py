@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 from test_launch_requeue import PLACE, Slurm, failure, settle
+from test_launch_slurm import PLAN
 
 from trainer.core.status_file import write_status
-from trainer.launch import job_end, requeue, restart_record, slurm_commands
+from trainer.launch import excluded_nodes, job_end, requeue, restart_record, slurm_commands
 from trainer.launch.attempt_facts import JobPlace
 from trainer.launch.controller import Patience
 from trainer.launch.job_end import JobEnd
+from trainer.launch.slurm import render
 
 pytestmark = pytest.mark.fast
 
@@ -106,3 +108,48 @@ def test_what_fails_or_stops_before_the_ranks_is_noted(tmp_path: Path, monkeypat
     assert restart_record.read(tmp_path)[-1].decision == "requeue"
     assert end.settle(1, started=False, cause="sbcast failed (exit 1)") == 1
     assert said[-1].startswith("job 17 not requeued: sbcast failed (exit 1); started again after 0 failures")
+
+
+def test_job_is_left_nodes_that_it_can_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those too small for it, and none are left out of a job that names its own or has a reservation."""
+    shown = "JobId=17 JobState=RUNNING NumNodes=2 ReqNodeList={} {}TRES=cpu=8,mem=1T,node=2,gres/gpu=8,gres/gpu:a=8"
+    sizes = (
+        "n1|idle|a|600000|gpu:a:4(S:0-1)\nn2|idle|a|600000|gpu:4\nn3|idle|a|600000|gpu:2,gpu:b:2\nn4|idle|a|500|gpu:8"
+    )
+    answers = [
+        shown.format("(null)", ""),
+        sizes,
+        "NumNodes=2 TRES=mem=1000M TresPerNode=gres:gpu:a:4",
+        shown.format("n1", ""),
+        shown.format("(null)", "Reservation=r "),
+    ]
+    monkeypatch.setattr(slurm_commands, "_run", lambda *_command, **_variables: answers.pop(0))
+    job, nodes = slurm_commands.show_job("17"), slurm_commands.nodes_of()
+    assert [(node.name, node.holds(job)) for node in nodes] == [("n1", True), ("n2", True), ("n3", True), ("n4", False)]
+    leave = excluded_nodes.that_leave_room
+    assert leave(["n1", "n2"], job, [], nodes) == ["n1"]
+    assert leave(["n4", "n1"], job, ["n2"], nodes) == ["n4"], "n4 takes no room"
+    per_node = slurm_commands.show_job("17")
+    assert (per_node.gpus, per_node.memory_mb) == (4, 500)
+    for _ in range(2):
+        assert leave(["n1"], slurm_commands.show_job("17"), [], nodes) == []
+
+
+def test_what_the_user_excludes_stays_excluded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a node that the run has failed on once, long ago."""
+    slurm, said = Slurm(monkeypatch, excluded="node2,node3"), list[str]()
+    for host in ("node2", "node3"):
+        excluded_nodes.note_suspects(tmp_path, {host: "failed"}, "16")
+    monkeypatch.setattr(excluded_nodes, "EXCLUDED_SECONDS", -1.0)
+    end = JobEnd(
+        tmp_path,
+        PLACE,
+        max_restarts=9,
+        max_excluded_nodes=2,
+        patience=Patience(0.0, said.append),
+        say=said.append,
+        exclude="node[2]",
+    )
+    end.settle(1)
+    assert slurm.excluded == ["node2"]
+    assert "--controller-seconds 600 --exclude 'node[1-3,7]'" in render(PLAN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -82,21 +82,21 @@ def excluded_now(run_directory: Path, maximum: int) -> list[str]:
     return [node.host for node in newest_first if node.time_unix >= since][:maximum]
 
 
-def merged(own: Iterable[str], noted: Collection[str], active: Sequence[str]) -> list[str]:
-    """Return what a job should avoid: what its user named (``own`` less the ``noted`` ones), then ``active``."""
-    kept = [host for host in own if host not in noted]
-    return [*kept, *(host for host in active if host not in kept)]
+def merged(own: Sequence[str], active: Sequence[str]) -> list[str]:
+    """Return what a job should avoid: what its user named, then ``active``."""
+    return [*own, *(host for host in active if host not in own)]
 
 
 def that_leave_room(active: Sequence[str], job: JobFacts, own: Collection[str], nodes: Sequence[Node]) -> list[str]:
     """Return the first of ``active`` (newest failure first) without which the job could still run on ``nodes``.
 
-    Where the job has a constraint other than "a" or "a&b", it can't be told which nodes would do: none are left out.
+    Where the job has a constraint other than "a" or "a&b", a reservation or nodes that it must have, it can't be told
+    which nodes would do: none are left out.
     """
-    if re.fullmatch(r"[\w&-]*", job.features) is None:
+    if job.bound or re.fullmatch(r"[\w&-]*", job.features) is None:
         return []
     wanted = frozenset(filter(None, job.features.split("&")))
-    fit = {node.name for node in nodes if node.usable and wanted <= node.features} - set(own)
+    fit = {node.name for node in nodes if node.usable and wanted <= node.features and node.holds(job)} - set(own)
     kept: list[str] = []
     for host in active:
         # A node that SLURM doesn't use anyway takes no room.

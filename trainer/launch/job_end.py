@@ -46,10 +46,11 @@ class JobEnd:
         max_excluded_nodes: int,
         patience: Patience,
         say: Callable[[str], None],
+        exclude: str = "",
     ) -> None:
         self.run_directory, self.place = run_directory, place
         self.max_restarts, self.max_excluded_nodes = max_restarts, max_excluded_nodes
-        self.patience, self.say = patience, say
+        self.patience, self.say, self.exclude = patience, say, exclude
         self.unreachable = ""
         """Why the controller could not be asked."""
 
@@ -206,9 +207,10 @@ class JobEnd:
         active = excluded_nodes.excluded_now(self.run_directory, self.max_excluded_nodes)
         try:
             before = expand_hostlist(job.excluded) if job.excluded else []
-            own = [host for host in before if host not in noted]
+            users = expand_hostlist(self.exclude) if self.exclude else []
+            own = list(dict.fromkeys([*users, *(host for host in before if host not in noted)]))
             room = excluded_nodes.that_leave_room(active, job, own, nodes_of(partition=job.partition or None))
-            wanted = excluded_nodes.merged(before, noted, room)
+            wanted = excluded_nodes.merged(own, room)
             if set(wanted) != set(before):
                 self.patience.ask(lambda: exclude_nodes(self.place.own_id, wanted))
         except (SlurmCommandError, ValueError) as error:
@@ -218,7 +220,8 @@ class JobEnd:
             self.say(f"left out of the next attempt: {', '.join(room)}")
         if len(room) < len(active):
             rest = ", ".join(host for host in active if host not in room)
-            self.say(f"not left out, since too few nodes would remain for the job: {rest}")
+            bound = "the job has a reservation or names its nodes"
+            self.say(f"not left out, since {bound if job.bound else 'too few nodes would remain for the job'}: {rest}")
 
     def _tell(self, decision: Decision) -> None:
         words = {

@@ -155,6 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cause", help="what failed before they were")
     parser.add_argument("--max-restarts", type=int, default=100)
     parser.add_argument("--max-excluded-nodes", type=int, default=2)
+    parser.add_argument("--exclude", default="", help="host list that the user leaves out")
     parser.add_argument("--controller-seconds", type=float, default=600.0)
     options = parser.parse_args(arguments)
     # SLURM's answer to a requeue is SIGTERM to the whole job: this, and the commands it calls, must outlive it.
@@ -173,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         place,
         max_restarts=options.max_restarts,
         max_excluded_nodes=options.max_excluded_nodes,
+        exclude=options.exclude,
         patience=Patience(options.controller_seconds, _say),
         say=_say,
     )

@@ -260,7 +260,8 @@ def _quoted(path: str) -> str:
 def _limits(plan: LaunchPlan) -> list[str]:
     """Return the options by which the script's last line is told when to give up."""
     names = ("max_restarts", "max_excluded_nodes", "controller_seconds")
-    return [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(plan, name)))]
+    words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(plan, name)))]
+    return words + (["--exclude", shlex.quote(plan.exclude)] if plan.exclude else [])
 
 
 def _problems(plan: LaunchPlan) -> list[Problem]:

@@ -74,6 +74,12 @@ class JobFacts:
     """Constraint; empty: none."""
     excluded: str
     """Host list; empty: none."""
+    bound: bool = False
+    """To the nodes of a reservation, or to nodes that it names."""
+    memory_mb: float = 0.0
+    """On each node, as the job's total says it; 0: not said."""
+    gpus: float = 0.0
+    """The same of GPUs of any type."""
     preempted: bool = False
     """Since it started: with PreemptMode=CANCEL neither state nor reason says so while the job ends."""
 
@@ -81,22 +87,40 @@ class JobFacts:
 def show_job(job_id: str) -> JobFacts:
     """Return the facts of a job that the controller still knows. Raises SlurmCommandError."""
     answer = _run(["scontrol", "show", "job", _checked(job_id), "-o"], _ASK_SECONDS, SLURM_TIME_FORMAT="%s")
-    names = "JobState|Reason|Restarts|NumNodes|Partition|Features|ExcNodeList|PreemptTime|StartTime"
+    names = "JobState|Reason|Restarts|NumNodes|Partition|Features|ExcNodeList|ReqNodeList|Reservation"
+    names += "|PreemptTime|StartTime|ReqTRES|TRES|TresPerNode"
     fields = dict(re.findall(rf"(?:^|\s)({names})=(\S*)", answer))
     text = {name: "" if value in ("(null)", "None", "N/A", "Unknown") else value for name, value in fields.items()}
     counts = {name: re.match(r"[0-9]{1,9}", text.get(name, "")) for name in ("Restarts", "NumNodes")}
     times = [text.get(name, "") for name in ("PreemptTime", "StartTime")]
+    tres = text.get("ReqTRES") or text.get("TRES", "")
+    nodes = int(counts["NumNodes"][0]) if counts["NumNodes"] else 0  # "2" or "2-4"
     preempted, started = (int(time) if time.isdecimal() else 0 for time in times)
     return JobFacts(
         state=text.get("JobState", ""),
         reason=text.get("Reason", ""),
         restarts=int(counts["Restarts"][0]) if counts["Restarts"] else 0,
-        nodes=int(counts["NumNodes"][0]) if counts["NumNodes"] else 0,  # "2" or "2-4"
+        nodes=nodes,
         partition=text.get("Partition", ""),
         features=text.get("Features", ""),
         excluded=text.get("ExcNodeList", ""),
+        bound=bool(text.get("ReqNodeList") or text.get("Reservation")),
+        memory_mb=_amount(r"(?:^|,)mem=([0-9.]+)([KMGTP]?)", tres) / max(nodes, 1),
+        gpus=max(  # the total has them only where the site accounts for them
+            _amount(r"(?:^|,)gres/gpu=([0-9]+)()", tres) / max(nodes, 1),
+            _amount(r"(?:^|,)gres[:/]gpu(?:[:/][^:,=]+)?[:=]([0-9]+)()(?=,|$)", text.get("TresPerNode", "")),
+        ),
         preempted=preempted > 0 and preempted >= started,  # an earlier start's stays in the job's record
     )
+
+
+_MEGABYTES = {"K": 1 / 1024, "": 1.0, "M": 1.0, "G": 1024.0, "T": 1024.0**2, "P": 1024.0**3}
+
+
+def _amount(pattern: str, text: str) -> float:
+    """Return the sum of what ``pattern`` finds, a number and a unit each, in MB where there is a unit."""
+    found: list[tuple[str, str]] = re.findall(pattern, text)
+    return sum(float(number) * _MEGABYTES[unit] for number, unit in found if number.count(".") <= 1)
 
 
 @dataclass(frozen=True)
@@ -106,6 +130,12 @@ class Node:
     name: str
     state: str
     features: frozenset[str]
+    memory_mb: float = 0.0
+    gpus: float = 0.0
+
+    def holds(self, job: JobFacts) -> bool:
+        """Whether the node has the memory and the GPUs of one node of ``job``."""
+        return self.memory_mb >= job.memory_mb and self.gpus >= job.gpus
 
     @property
     def lost(self) -> bool:
@@ -122,11 +152,13 @@ def nodes_of(*, partition: str | None = None, names: Sequence[str] = ()) -> list
     """Return the nodes of a partition (or several, with commas), or those named. Raises SlurmCommandError."""
     choice = ["-p", partition] if partition else []
     choice += ["-n", ",".join(names)] if names else []
-    answer = _run(["sinfo", "-h", "-N", *choice, "-o", "%N|%t|%f"], _ASK_SECONDS)
+    answer = _run(["sinfo", "-h", "-N", *choice, "-o", "%N|%t|%f|%m|%G"], _ASK_SECONDS)
     found: dict[str, Node] = {}
     for line in answer.splitlines():
-        name, state, features = (*line.strip().split("|"), "", "")[:3]
-        found[name] = Node(name, state.lower(), frozenset(features.split(",")))
+        name, state, features, memory, gres = (*line.strip().split("|"), "", "", "", "")[:5]
+        megabytes = _amount(r"^([0-9.]+)()", memory)
+        gpus = _amount(r"(?:^|,)gpu(?::[^:,()]+)?:([0-9]+)()(?=[,(]|$)", gres)
+        found[name] = Node(name, state.lower(), frozenset(features.split(",")), megabytes, gpus)
     return list(found.values())
 
 
