@@ -29,7 +29,10 @@ def test_status_and_supervisor_know_the_exit_code_before_the_group_is_left(monke
     monkeypatch.setattr(build, "leave_group", lambda: said.append("left"))
     monkeypatch.setattr(asking, "request_sources", lambda *_: None)
     monkeypatch.setattr(phases, "board", phases.Board())
-    recipe = SimpleNamespace(launch=SimpleNamespace(rendezvous_timeout_seconds=1))
+    watchdog = SimpleNamespace(start_seconds=1.0)
+    recipe = SimpleNamespace(
+        launch=SimpleNamespace(rendezvous_timeout_seconds=1), resilience=SimpleNamespace(watchdog=watchdog)
+    )
     log = SimpleNamespace(console_stream=sys.stdout)
     ranks = RankEnvironment(0, 1, 0, 1, 0, "127.0.0.1", 1, "environment")
     arguments: Any = (recipe, SimpleNamespace(total_steps=1), {}, ranks, directory, log, None, None)
