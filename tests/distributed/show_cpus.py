@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -14,7 +15,8 @@ def install() -> None:
     def show(code: int) -> None:
         cpus: set[int] = set()
         for thread in Path("/proc/self/task").iterdir():
-            cpus |= os.sched_getaffinity(int(thread.name))
+            with contextlib.suppress(ProcessLookupError):  # a thread that has just ended
+                cpus |= os.sched_getaffinity(int(thread.name))
         Path(f"cpus-{os.environ['RANK']}").write_text(" ".join(map(str, sorted(cpus))))
         end(code)
 

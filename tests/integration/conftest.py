@@ -93,6 +93,15 @@ class SlurmCluster:
             time.sleep(0.2)
         raise AssertionError(f"job {job_id} is not so far after {timeout} s: {self.fields(job_id)}")
 
+    def wait_until_idle(self, timeout: float = 60) -> None:
+        """Wait until no node holds anything of the jobs before."""
+        deadline = time.monotonic() + timeout
+        while set(states := self.run(["sinfo", "-h", "-N", "-o", "%N=%T"]).stdout.split()) != {
+            f"{node}=idle" for node in self.nodes
+        }:
+            assert time.monotonic() < deadline, f"nodes are still not idle after {timeout} s: {states}"
+            time.sleep(0.2)
+
     def wait_for(self, path: Path, timeout: float = 30) -> None:
         """Wait until a job has made ``path``, with something in it."""
         deadline = time.monotonic() + timeout
@@ -144,6 +153,13 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
         yield cluster
     finally:
         cluster.stop()
+
+
+@pytest.fixture(autouse=True)
+def nodes_at_rest(request: pytest.FixtureRequest) -> None:
+    """Start a test with every node free: SLURM then takes the first ones, and tests name them."""
+    if "slurm_cluster" in request.fixturenames:
+        request.getfixturevalue("slurm_cluster").wait_until_idle()
 
 
 def _prefix(pid: int) -> str:
