@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from trainer.config.run import Recipe
-from trainer.config.section import Section
+from trainer.config.section import Section, descriptions
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "recipe.md"
 BEGIN = "<!-- begin: written by tools/generate_recipe_reference.py from trainer/config/, do not edit -->\n"
@@ -57,9 +57,10 @@ def updated(page: str) -> str:
 
 def rows(section: type[BaseModel], prefix: str) -> Iterator[Row]:
     """Yield every key below ``prefix``; items of a list are written ``list[].key``."""
+    texts = descriptions(section)
     for name, field in section.model_fields.items():
         key = f"{prefix}.{name}"
-        yield Row(key, _type(field.annotation, field.metadata), _default(field), _text(field.description or ""))
+        yield Row(key, _type(field.annotation, field.metadata), _default(field), _text(texts.get(name, "")))
         for below, mark in _sections(field.annotation):
             yield from rows(below, key + mark)
 

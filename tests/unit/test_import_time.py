@@ -64,9 +64,10 @@ def test_a_heavy_import_would_be_seen(folder: Path) -> None:
 def measure(argv: list[str], folder: Path) -> tuple[float, float]:
     """Return (wall-clock seconds, user + system seconds) of one run."""
     begin = time.perf_counter()
-    child = subprocess.Popen(
-        argv, cwd=folder, env=tiny.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    # With byte code, as an installed command has it: the tests themselves may run without.
+    environment = tiny.environment(PYTHONPYCACHEPREFIX=str(folder / "byte-code"))
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    child = subprocess.Popen(argv, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     assert child.returncode == 0
@@ -77,16 +78,13 @@ def measure(argv: list[str], folder: Path) -> tuple[float, float]:
 def test_starts_in_half_a_second(
     verb: str, folder: Path, capsys: pytest.CaptureFixture[str], record_property: Callable[[str, object], None]
 ) -> None:
-    """Asserted on CPU time, the least of several: what else runs can only add to it. The wall clock is printed too.
-
-    A fifth above the half second: a machine that does something else beside takes that much more.
-    """
+    """Asserted on CPU time, the least of several: what else runs can only add to it. The wall clock is printed too."""
     argv = tiny.command(*LIGHT_VERBS[verb])
-    measure(argv, folder)  # byte code
+    measure(argv, folder)  # writes the byte code
     samples = [measure(argv, folder) for _ in range(7)]
     wall, cpu = (min(column) for column in zip(*samples, strict=True))
     record_property("wall_seconds", wall)
     record_property("cpu_seconds", cpu)
     with capsys.disabled():
         print(f"\ntrainer {' '.join(LIGHT_VERBS[verb])}: least of 7: {wall:.3f} s wall clock, {cpu:.3f} s CPU")
-    assert cpu < 0.6
+    assert cpu < 0.5

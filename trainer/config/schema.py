@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from trainer.config.launch import SlurmConfig
 from trainer.config.model import source_rule
 from trainer.config.run import Recipe, length_rule
-from trainer.config.section import Section
+from trainer.config.section import Section, descriptions
 from trainer.config.suggest import nearest
 from trainer.core.errors import Problem
 
@@ -286,7 +286,7 @@ def _describe(path: list[str]) -> str:
         section = next((option for option in options if _is_section(option)), None)
         if section is not None and part in section.model_fields:
             field = section.model_fields[part]
-            annotation, text = field.annotation, field.description or ""
+            annotation, text = field.annotation, descriptions(section).get(part, "")
         elif part.isdigit():
             annotation = _item_type(options)
     return f"add it: {text}" if text else "add it"
