@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import little_memory
+import packages
 import pytest
-from fault_sweep import KINDS, Injection, draw, faults_of, inject
+from fault_sweep import KINDS, WATCHDOG, Injection, draw, faults_of, inject
 from forked_runs import Trainer
 
 SEED = 20
@@ -49,3 +52,23 @@ def test_the_watchdog_reads_nothing_of_the_injector() -> None:
     judges += [REPOSITORY / "trainer" / "launch" / f"{name}.py" for name in ("supervisor", "rank_examiner", "failure")]
     for path in judges:
         assert "faults" not in path.read_text().replace("def faults", ""), path
+
+
+def test_a_rank_that_the_kernel_kills_for_memory(trainer: Trainer) -> None:
+    place = little_memory.parent()
+    if place is None:
+        packages.give_up("control groups of memory can't be made here")
+    recipe = trainer.recipe("flooded", resilience={"watchdog": WATCHDOG}, run={"steps": 6})
+    group = str(os.getpid())
+    fault = {"faults": "phase.backward:1:3:flood", "before": "little_memory", "variables": {"GROUP": group}}
+    try:
+        codes = trainer.train(recipe, **fault, grace_seconds=8.0)
+    finally:
+        for made in place[0].glob(f"trainer-test-{group}-*"):
+            made.rmdir()
+    said = recipe.with_suffix(".out").read_text()
+    assert 0 not in codes, said
+    found = json.loads((trainer.directory / "flooded" / "failure.json").read_text())
+    assert (found["class"], found["rank"], found["phase"]) == ("host-out-of-memory", 1, "backward"), found
+    assert "SIGKILL" in found["cause"], found
+    assert found["fix"]

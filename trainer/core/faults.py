@@ -4,10 +4,11 @@
 Kinds: ``kill`` (SIGKILL to this process), ``raise``, ``enospc``, ``eio`` (OSError), ``truncate`` (cut the file at hand
 in half, then SIGKILL: what a kill in the middle of a write leaves behind), ``signal`` (SIGUSR1 to this rank alone;
 ``sigterm`` and others likewise), ``sleep`` (for an hour), ``pause0.5`` (for half a second, or until a signal comes),
-``stop`` (SIGSTOP), ``segfault``, ``exit`` (os._exit(7)), ``memory`` (ask for more than is allowed), ``lock`` (compute
-for ages in C code that keeps the interpreter's lock). Some make the system itself refuse what follows: ``fill`` (fill
-the file system beside the file at hand, which must be a small one), ``chmod`` (take the right to write from its
-directory), ``fsize`` (limit files of this process to 256 KiB) and ``nofsize`` (no longer).
+``stop`` (SIGSTOP), ``segfault``, ``exit`` (os._exit(7)), ``memory`` (ask for more than is allowed), ``flood`` (fill
+memory until the system kills a process), ``lock`` (compute for ages in C code that keeps the interpreter's lock). Some
+make the system itself refuse what follows: ``fill`` (fill the file system beside the file at hand, which must be a
+small one), ``chmod`` (take the right to write from its directory), ``fsize`` (limit files of this process to 256 KiB)
+and ``nofsize`` (no longer).
 Every phase of `trainer.core.phases` is a point: ``phase.forward``.
 """
 
@@ -62,6 +63,10 @@ def _strike(kind: str, point: str, path: Path | None) -> None:
     elif kind == "memory":
         resource.setrlimit(resource.RLIMIT_AS, (2**26, resource.getrlimit(resource.RLIMIT_AS)[1]))
         bytearray(2**30)
+    elif kind == "flood":
+        filled: list[bytes] = []
+        while True:
+            filled.append(b"x" * 2**22)
     elif kind == "lock":
         re.match(r"(a+)+$", "a" * 64 + "b")  # backtracks for ages
     elif kind.startswith("pause"):

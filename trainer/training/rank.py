@@ -23,6 +23,9 @@ from trainer.resilience.signals import StopFlag
 from trainer.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trainer.telemetry.sinks.base import Fanout
     from trainer.training.loop import Outcome, Parts
 
 _CODES: dict[Outcome, int] = {"finished": EXIT_OK, "stopped": EXIT_REQUEUE}
@@ -67,14 +70,12 @@ def _train(
 ) -> int:  # fmt: skip
     phases.mark("start", detail="importing torch and DeepSpeed")
     # Imported here: the log must be open before torch and DeepSpeed give their loggers a stream.
-    from trainer.engine.build import join_group, leave_group
+    from trainer.engine.build import leave_group
     from trainer.telemetry.build import build_sinks
     from trainer.telemetry.sinks.base import Fanout
     from trainer.training.asking import DurationsSink, request_sources
     from trainer.training.attempt_clock import GoodputSink
-    from trainer.training.binding import bind
     from trainer.training.build import build_parts
-    from trainer.training.evaluating import early_end
     from trainer.training.loop import train
     from trainer.training.status_sink import StatusSink
 
@@ -102,13 +103,7 @@ def _train(
         requests = request_sources(
             recipe, derived.total_steps, stop, directory, job_end, durations, lambda text: sinks.message(text)
         )
-        where = f"{environment.master_address}:{environment.master_port}"
-        detail = f"meeting the other ranks at {where}"
-        phases.board.mark("start", detail=detail, allowed_seconds=meeting_seconds(recipe))
-        join_group(environment, rendezvous_timeout_seconds=recipe.launch.rendezvous_timeout_seconds)
-        if (bound := bind(recipe.launch.bind, environment)) is not None:
-            print(bound, flush=True)  # into the log
-            say(bound)
+        _meet(recipe, environment, say)
         parts = build_parts(
             recipe, derived, deepspeed_json, environment,
             attempt=directory.attempt if directory else 0,
@@ -116,26 +111,14 @@ def _train(
             may_commit=directory.refuse_if_taken_over if directory else lambda: None,
         )  # fmt: skip
         if directory is not None:
-            _leave_done(directory, parts)
-            if parts.state.best.loss is not None:
-                directory.status(best_validation_loss=parts.state.best.loss, best_step=parts.state.best.step)
+            _take_up(directory, parts)
         try:
             outcome = train(parts)
         except BaseException as error:
             note_exception(error)
             parts.saver.rescue()
             raise
-        early = early_end(parts)
-        if directory is not None:
-            _say_ended(directory, parts, outcome, early)  # before teardown: an abort there must not look like a failure
-        sinks.message(_farewell(outcome, parts.state.step, derived, recipe, early))
-        if directory is not None and outcome == "finished":
-            directory.report(sinks.message)
-        phases.board.mark("stop", allowed_seconds=leaving_seconds(recipe))
-        parts.saver.close(wait=outcome == "finished")
-        sinks.close()
-        parts.loader.close()
-        parts.engine.close()
+        _end(parts, outcome, recipe, derived, directory, sinks)
     except BaseException as error:
         note_exception(error)
         _note_status(error, directory)  # before teardown, which may hang: the scheduler must know whether to restart
@@ -144,6 +127,37 @@ def _train(
         sinks.close()
         leave_group()
     return _CODES[outcome]
+
+
+def _meet(recipe: Recipe, environment: RankEnvironment, say: Callable[[str], None]) -> None:
+    from trainer.engine.build import join_group
+    from trainer.training.binding import bind
+
+    detail = f"meeting the other ranks at {environment.master_address}:{environment.master_port}"
+    phases.board.mark("start", detail=detail, allowed_seconds=meeting_seconds(recipe))
+    join_group(environment, rendezvous_timeout_seconds=recipe.launch.rendezvous_timeout_seconds)
+    if (bound := bind(recipe.launch.bind, environment)) is not None:
+        print(bound, flush=True)  # into the log
+        say(bound)
+
+
+def _end(
+    parts: Parts, outcome: Outcome, recipe: Recipe, derived: Derived, directory: RunDirectory | None, sinks: Fanout
+) -> None:
+    """Say how the run ended and close its parts: before teardown, an abort there must not look like a failure."""
+    from trainer.training.evaluating import early_end
+
+    early = early_end(parts)
+    if directory is not None:
+        _say_ended(directory, parts, outcome, early)
+    sinks.message(_farewell(outcome, parts.state.step, derived, recipe, early))
+    if directory is not None and outcome == "finished":
+        directory.report(sinks.message)
+    phases.board.mark("stop", allowed_seconds=leaving_seconds(recipe))
+    parts.saver.close(wait=outcome == "finished")
+    sinks.close()
+    parts.loader.close()
+    parts.engine.close()
 
 
 def meeting_seconds(recipe: Recipe) -> float:
@@ -157,8 +171,10 @@ def leaving_seconds(recipe: Recipe) -> float:
     return hooks + recipe.resilience.watchdog.slow_seconds
 
 
-def _leave_done(directory: RunDirectory, parts: Parts) -> None:
-    """Remove RUN/DONE: a finished run was asked for more, or its last checkpoint is gone."""
+def _take_up(directory: RunDirectory, parts: Parts) -> None:
+    """Note the best step so far, and remove RUN/DONE: a finished run was asked for more, or lost its checkpoint."""
+    if parts.state.best.loss is not None:
+        directory.status(best_validation_loss=parts.state.best.loss, best_step=parts.state.best.step)
     done = read_done(directory.path)
     if done is not None and done.step > parts.state.step:
         parts.sinks.message(f"DONE says step {done.step}, but the newest checkpoint is of step {parts.state.step}")
