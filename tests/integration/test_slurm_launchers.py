@@ -114,7 +114,7 @@ def losses(slurm_cluster, ssh, mpich, tmp_path_factory) -> dict[str, list[tuple[
     return found
 
 
-@pytest.mark.timeout(700)  # seven starts of four ranks that import torch, one after the other
+@pytest.mark.timeout(900)  # seven starts of four ranks that import torch, one after the other
 def test_every_start_computes_the_same_bits(losses):
     assert set(losses) == set(STARTS)
     assert len(losses["srun"]) == STEPS
