@@ -31,7 +31,10 @@ class Repository:
 
 
 class Hub:
-    """Serves ``repositories`` while it is entered; ``requests`` are the paths that were asked for."""
+    """Serves ``repositories`` while it is entered; ``requests`` are the paths that were asked for.
+
+    Data sets have names like ``datasets/owner/name``.
+    """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -65,6 +68,7 @@ class Hub:
     def answer(self, request: BaseHTTPRequestHandler, *, body: bool) -> None:
         path = request.path.partition("?")[0]
         self.requests.append(f"{request.command} {path}")
+        path = path.replace("/api/datasets/", "/api/models/datasets/")
         if match := re.fullmatch(r"/api/models/(.+?)/tree/([^/]+)", path):
             self._tree(request, match[1], match[2])
         elif match := re.fullmatch(r"/api/models/(.+?)(?:/revision/([^/]+))?", path):

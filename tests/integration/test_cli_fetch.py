@@ -134,3 +134,54 @@ def test_nothing_to_fetch_and_a_damaged_lock(tmp_path):
     done = trainer(tmp_path, None, "check", path.name)
     assert done.returncode == 2
     assert "lock = " in done.stderr
+
+
+def test_data_set_is_pinned_and_tokenized_offline(world, tmp_path):
+    _, hub, _ = world
+    texts = [f"document {number} of the corpus" for number in range(20)]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    card = b"---\nconfigs:\n- config_name: default\n  data_files: [{split: train, path: data/*.jsonl}]\n---\n"
+    corpus = hub.repositories["datasets/org/corpus"] = Repository()
+    commit = corpus.commit(
+        {"README.md": card, "data/a.jsonl": rows.encode(), "load.py": b"import os", "other/b.bin": b"large"}
+    )
+    hub.repositories["datasets/org/gated"] = Repository({"a" * 40: {}}, {"main": "a" * 40}, gated=True)
+    path = tiny.write_recipe(tmp_path)
+    tiny.write_tokenizer(tmp_path / "tokenizer")
+
+    done = trainer(tmp_path, hub, "fetch", path.name, "--dataset", "org/corpus", "--files", "data/*")
+    assert done.returncode == 0, done.stderr
+    assert f"org/corpus at {commit[:12]}: 2 files" in done.stdout
+    assert f"trainer data tokenize --input org/corpus@{commit}" in done.stdout
+    locked = json.loads(path.with_suffix(".lock.json").read_text())["repositories"]
+    assert locked == {"datasets/org/corpus": {"revision": None, "commit": commit}}
+    assert trainer(tmp_path, hub, "fetch", path.name).returncode == 0
+    assert json.loads(path.with_suffix(".lock.json").read_text())["repositories"] == locked, "still pinned"
+    snapshot = tmp_path / "cache/hub/datasets--org--corpus/snapshots" / commit
+    assert {file.name for file in snapshot.rglob("*") if file.is_file()} == {"README.md", "a.jsonl"}
+
+    for number, name in enumerate(("org/corpus", f"org/corpus@{commit}")):
+        tokenize = ["data", "tokenize", "--input", name, "--tokenizer", "tokenizer", "--output", f"shard{number}"]
+        done = trainer(tmp_path, None, *tokenize)
+        assert done.returncode == 0, done.stderr
+        assert f"{len(texts)} documents" in done.stdout, done.stdout
+
+    # Another commit in the cache: which one is meant must be said.
+    second = corpus.commit({"README.md": card, "data/a.jsonl": rows.encode() * 2})
+    assert trainer(tmp_path, hub, "fetch", path.name, "--dataset", "org/corpus", "--update").returncode == 0
+    for name, words in (
+        ("org/corpus", f"write one of {', '.join(f'org/corpus@{known}' for known in sorted([commit, second]))}"),
+        ("org/nothing", "trainer fetch RECIPE --dataset org/nothing"),
+    ):
+        done = trainer(tmp_path, None, "data", "tokenize", "--input", name, "--tokenizer", "tokenizer", "--output", "x")
+        assert done.returncode == 2, done.stderr
+        assert words in done.stderr
+    for name, words in (
+        ("org/gated", "--dataset = 'org/gated': is gated"),
+        ("org/none", "has no such repository"),
+        ("org/corpus@v9", "org/corpus has no such revision"),
+        ("org/corpus:en", "must be owner/name or owner/name@revision"),
+    ):
+        done = trainer(tmp_path, hub, "fetch", path.name, "--dataset", name)
+        assert done.returncode == 2, done.stdout
+        assert words in done.stderr

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.errors import DataError, Problem
-from trainer.core.hub import hub_answers
+from trainer.core.hub import DatasetName, cached_snapshots, hub_answers
 
 _JSONL = re.compile(r"\.(jsonl|ndjson)(\.gz|\.zst)?$", re.IGNORECASE)
-_DATASET_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?$")
 
 
 class Kind(StrEnum):
@@ -35,13 +34,15 @@ class Source:
 
     kind: Kind
     path: str
-    """Path, or ``owner/name[:configuration]``."""
+    """Path, or ``owner/name[@revision][:configuration]``."""
     named: bool = True
     """Given by the user, not found in a directory."""
     size: int = 0
     modified_ns: int = 0
     revision: str | None = None
     """Commit of a data set of the Hub."""
+    snapshot: str | None = None
+    """Directory of the cache that holds it, where the Hub doesn't answer."""
 
     @property
     def has_rows(self) -> bool:
@@ -133,9 +134,12 @@ class _Finder:
             return [_source(path, named=True)]
         if path.exists():
             raise refused(path, "must be a regular file or a directory")
-        is_id = _DATASET_ID.match(item) and not path.suffix and not (len(path.parts) > 1 and path.parent.exists())
-        if is_id and not path.is_symlink():
-            return [_hub_source(item)]
+        name = DatasetName.parse(item)
+        looks_like_file = Path(name.identifier if name else item).suffix or (
+            len(path.parts) > 1 and path.parent.exists()
+        )
+        if name is not None and not looks_like_file and not path.is_symlink():
+            return [_hub_source(item, name)]
         raise refused(path, "doesn't exist")
 
     def _walk(self, root: Path, directory: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
@@ -171,17 +175,29 @@ def _source(path: Path, named: bool) -> Source:
     return Source(kind or Kind.text, str(path), named, status.st_size, status.st_mtime_ns)
 
 
-def _hub_source(item: str) -> Source:
-    identifier = item.partition(":")[0]
-    if not hub_answers(identifier, "dataset"):
-        raise refused(item, "doesn't exist, and the Hugging Face Hub can't be reached to look for a data set")
+def _hub_source(item: str, name: DatasetName) -> Source:
+    if not hub_answers(name.identifier, "dataset"):
+        return _fetched_source(item, name)
     from huggingface_hub import HfApi
 
     try:
-        revision = HfApi().dataset_info(identifier).sha
+        revision = HfApi().dataset_info(name.identifier, revision=name.revision).sha
     except Exception:  # noqa: BLE001 (no such data set, or no right to see it: loading it says which)
-        revision = None
+        revision = name.revision
     return Source(Kind.dataset, item, revision=revision)
+
+
+def _fetched_source(item: str, name: DatasetName) -> Source:
+    """Return the source of what `trainer fetch --dataset` brought."""
+    found = cached_snapshots(name.identifier)
+    if not found:
+        rule = "doesn't exist, and the Hugging Face Hub can't be reached to look for a data set"
+        raise refused(item, rule, f"trainer fetch RECIPE --dataset {item} where there is internet brings one")
+    commit = name.revision or (next(iter(found)) if len(found) == 1 else "")
+    if commit not in found:
+        rule = "the Hugging Face Hub can't be reached, and its cache has other commits of this data set"
+        raise refused(item, rule, f"write one of {', '.join(f'{name.identifier}@{known}' for known in found)}")
+    return Source(Kind.dataset, item, revision=commit, snapshot=str(found[commit]))
 
 
 def _saved_dataset(directory: Path, split: str) -> list[Path] | None:

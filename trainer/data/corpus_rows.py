@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from trainer.core.errors import DataError
+from trainer.core.hub import DatasetName
 from trainer.data.corpus_files import Kind, Source, refused
 
 # Rows of a table that are Python objects at a time.
@@ -222,14 +223,15 @@ class _Hub(_Tables):
     def rows(self, skip: int) -> Iterator[Any]:
         import datasets
 
-        identifier, _, configuration = self.source.path.partition(":")
+        name, snapshot = DatasetName.parse(self.source.path), self.source.snapshot
+        assert name is not None, self.source.path
         try:
             dataset = datasets.load_dataset(
-                identifier,
-                configuration or None,
+                snapshot or name.identifier,
+                name.configuration,
                 split=self._split,
                 streaming=True,
-                revision=self.source.revision,
+                revision=None if snapshot else self.source.revision,
             )
         except Exception as error:  # noqa: BLE001 (a library's many ways to say: no such data set)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,22 @@ from trainer.config.schema import build_recipe
 from trainer.core.durable import replace_text
 from trainer.core.errors import Problem, RecipeError, RefusedError, TrainerError
 from trainer.core.units import format_bytes
-from trainer.launch.hub_files import Wanted, cache_of_jobs, wanted
+from trainer.launch.hub_files import Wanted, cache_of_jobs, wanted, wanted_dataset
 
 _TIMEOUT_SECONDS = 30.0
 
 
 def fetch(
     recipe_path: Path, overrides: Iterable[str], say: Callable[[str], None], *, update: bool = False,
-    under: Mapping[str, Any] | None = None,
+    under: Mapping[str, Any] | None = None, datasets: Sequence[str] = (), files: Sequence[str] = (),
 ) -> Path:  # fmt: skip
     """Download the recipe's models and tokenizers and write RECIPE.lock.json; return its path.
 
     What is locked stays at its commit unless the recipe asks for another revision, or ``update``. Files that are there
     are not downloaded again, and an interrupted download continues. ``under`` is what a site profile says: it may name
-    the cache that jobs read. Raises RefusedError where the Hub has not got what the recipe names, or refuses it;
-    TrainerError where it can't be reached. The lock is written last.
+    the cache that jobs read. ``datasets`` (``owner/name[@revision]``) are fetched too, of them ``files`` (patterns) or
+    all; they stay pinned until they are named again. Raises RefusedError where the Hub has not got what the recipe
+    names, or refuses it; TrainerError where it can't be reached. The lock is written last.
     """
     mapping, problems = read_mapping(recipe_path, overrides, under, locked=False)
     recipe, more = build_recipe(mapping) if mapping is not None else (None, [])
@@ -37,20 +38,22 @@ def fetch(
     before, wrong = read_lock(path)
     if recipe is None or problems or more or wrong:
         raise RecipeError([*problems, *more, *wrong], title=f"recipe {recipe_path} refused")
-    repositories = wanted(recipe)
+    repositories = wanted(recipe) + [wanted_dataset(name, files) for name in datasets]
     if not repositories:
-        say("the recipe names no Hugging Face id: nothing to fetch")
+        say("the recipe names no Hugging Face id, and no --dataset is given: nothing to fetch")
         return path
     _refuse_two_revisions(repositories)
     cache = cache_of_jobs(recipe, os.environ)
     if cache is not None:
         say(f"into {cache}, by launch.slurm.environment")
-    locked: dict[str, Locked] = {}
+    locked = {name: entry for name, entry in before.items() if name.startswith("datasets/")}
     for repository in repositories:
-        known = before.get(repository.repository)
+        known = before.get(repository.lock_name)
         keep = known is not None and not update and repository.revision in (known.revision, known.commit)
         commit = _fetch_one(repository, known.commit if keep and known else repository.revision, cache, say)
-        locked[repository.repository] = Locked(repository.revision, commit)
+        locked[repository.lock_name] = Locked(repository.revision, commit)
+        if repository.kind == "dataset":
+            say(f"  trainer data tokenize --input {repository.repository}@{commit} ... needs no internet now")
     replace_text(path, lock_text(locked))
     say(f"pinned in {path}")
     return path
@@ -59,7 +62,7 @@ def fetch(
 def _refuse_two_revisions(repositories: list[Wanted]) -> None:
     seen: dict[str, Wanted] = {}
     for repository in repositories:
-        other = seen.setdefault(repository.repository, repository)
+        other = seen.setdefault(repository.lock_name, repository)
         if other is not repository:
             key = repository.key.replace("path", "revision")
             rule = f"is another revision of {repository.repository} than {other.key} names ({other.revision})"
@@ -72,15 +75,19 @@ def _fetch_one(repository: Wanted, revision: str | None, cache: Path | None, say
 
     name = repository.repository
     with _explained(repository):
-        info: Any = hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_TIMEOUT_SECONDS)
+        info: Any = hub.HfApi().repo_info(
+            name, revision=revision, repo_type=repository.kind, files_metadata=True, timeout=_TIMEOUT_SECONDS
+        )
         sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
         files = repository.files(sizes)
         if "*.safetensors" in repository.patterns and not any(file.endswith(".safetensors") for file in files):
             rule = "has no safetensors; pickled weights run code when they are loaded"
             raise RefusedError(Problem(repository.key, name, rule, "choose a revision that has them"))
         total = format_bytes(sum(sizes[file] for file in files))
+        if not files:
+            raise RefusedError(Problem(repository.key, name, "has no files that --files takes"))
         say(f"{name} at {info.sha[:12]}: {len(files)} files, {total}")
-        hub.snapshot_download(name, revision=info.sha, allow_patterns=files, cache_dir=cache)
+        hub.snapshot_download(name, revision=info.sha, repo_type=repository.kind, allow_patterns=files, cache_dir=cache)
     return str(info.sha)
 
 
@@ -102,7 +109,7 @@ def _explained(repository: Wanted) -> Generator[None]:
         yield
     except GatedRepoError as error:
         rule = "is gated, and this account has no access to it"
-        fix = f"ask for access at {constants.ENDPOINT}/{name}, then run hf auth login"
+        fix = f"ask for access at {constants.ENDPOINT}/{repository.lock_name}, then run hf auth login"
         raise RefusedError(Problem(key, name, rule, fix)) from error
     except RevisionNotFoundError as error:
         revision = key.replace("path", "revision")

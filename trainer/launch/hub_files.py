@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trainer.config.lock import is_hub_id
 from trainer.config.run import Recipe
-from trainer.core.errors import Problem
+from trainer.core.errors import Problem, RefusedError
+from trainer.core.hub import DatasetName
 
 _MODEL = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json")
 _TOKENIZER = (
@@ -33,12 +34,24 @@ class Wanted:
     repository: str
     revision: str | None
     key: str
-    """The first key of the recipe that names it."""
+    """The first key of the recipe, or the option, that names it."""
     patterns: tuple[str, ...]
+    kind: Literal["model", "dataset"] = "model"
+
+    @property
+    def lock_name(self) -> str:
+        """Its name in RECIPE.lock.json, where a model and a data set may share theirs."""
+        return self.repository if self.kind == "model" else f"datasets/{self.repository}"
 
     def files(self, names: Iterable[str]) -> list[str]:
-        """Return those of ``names`` that are read. Never what is in folders: other formats lie there."""
-        return [name for name in names if "/" not in name and any(fnmatch(name, p) for p in self.patterns)]
+        """Return those of ``names`` that are read.
+
+        Of a model never what is in folders: other formats lie there. Of a data set never code.
+        """
+        fitting = [name for name in names if any(fnmatch(name, pattern) for pattern in self.patterns)]
+        if self.kind == "dataset":
+            return [name for name in fitting if not name.endswith(".py") and not name.startswith(".")]
+        return [name for name in fitting if "/" not in name]
 
 
 def wanted(recipe: Recipe) -> list[Wanted]:
@@ -55,6 +68,20 @@ def wanted(recipe: Recipe) -> list[Wanted]:
             before = known.patterns if known else ()
             found[path, revision] = Wanted(path, revision, known.key if known else key, (*before, *patterns))
     return list(found.values())
+
+
+def wanted_dataset(text: str, patterns: Sequence[str]) -> Wanted:
+    """Return what ``--dataset`` names: ``owner/name[@revision]``, of it the files of ``patterns``, or all.
+
+    Raises RefusedError for another name.
+    """
+    name = DatasetName.parse(text)
+    if name is None or name.configuration is not None:
+        fix = "--files 'CONFIGURATION/*' takes a part of it" if name else ""
+        raise RefusedError(Problem("--dataset", text, "must be owner/name or owner/name@revision", fix))
+    # The card says which files are which split.
+    some = ("README.md", *patterns) if patterns else ("*",)
+    return Wanted(name.identifier, name.revision, "--dataset", some, "dataset")
 
 
 def cache_of_jobs(recipe: Recipe, environment: Mapping[str, str]) -> Path | None:
