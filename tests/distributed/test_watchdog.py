@@ -54,6 +54,20 @@ def test_the_watchdog_reads_nothing_of_the_injector() -> None:
         assert "faults" not in path.read_text().replace("def faults", ""), path
 
 
+def test_the_micro_batch_of_a_pipeline_stage_is_named(trainer: Trainer) -> None:
+    recipe = trainer.recipe(
+        "staged", resilience={"watchdog": WATCHDOG}, run={"steps": 6}, evaluation={"every_steps": 2, "batches": 1},
+        batch={"global_size": 8, "micro_size": 2}, parallel={"pipeline": 2},
+    )  # fmt: skip
+    # In the third backward pass of step 3.
+    codes = trainer.train(recipe, faults="micro.backward:0:3:stop", grace_seconds=8.0, before="strike_third")
+    said = recipe.with_suffix(".out").read_text()
+    assert 0 not in codes, said
+    found = json.loads((trainer.directory / "staged" / "failure.json").read_text())
+    assert (found["class"], found["rank"], found["phase"], found["step"]) == ("stopped", 0, "backward", 3), found
+    assert "micro-batch 2" in found["cause"], found
+
+
 def test_a_rank_that_the_kernel_kills_for_memory(trainer: Trainer) -> None:
     place = little_memory.parent()
     if place is None:

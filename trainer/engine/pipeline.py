@@ -21,6 +21,7 @@ from trainer.engine.inputs import model_inputs
 from trainer.engine.muon import Muon
 from trainer.engine.norm import gradient_norm
 from trainer.engine.optimizers import MasterState, initialise_state, set_learning_rate
+from trainer.engine.pipeline_marks import MicroBatchMarks
 from trainer.engine.pipeline_module import MicroBatches
 from trainer.engine.replicas import replica_digests
 from trainer.engine.state import load_slices
@@ -96,6 +97,7 @@ class StagedEngine:
             # DeepSpeed's own clips every stage by the norm of that stage.
             engine.clip_fp32_gradients = self._clip_whole_model
         self._gate = Gate(self._base)
+        self._marks = MicroBatchMarks(engine)
         self._shape: tuple[int, ...] | None = None
 
     @property
@@ -161,9 +163,12 @@ class StagedEngine:
 
         self._gate.arm(read, accept)
         self._expect(batches[0])
-        self._engine.train_batch(
-            self._batches.begin([self._inputs(batch) for batch in batches], [loss_of(i) for i in range(len(batches))])
-        )
+        with self._marks.step():
+            self._engine.train_batch(
+                self._batches.begin(
+                    [self._inputs(batch) for batch in batches], [loss_of(i) for i in range(len(batches))]
+                )
+            )
         reading, applied = self._gate.verdict(overflow=getattr(self._engine.optimizer, "overflow", False))
         return step_result(reading, applied, boundary - started, time.perf_counter() - boundary)
 
