@@ -5,6 +5,8 @@
 #  - the same, restarted at other world sizes: every global batch equals the undisturbed run's
 #  - one of four ranks broken in 17 ways at random places: the summary names rank, host, phase and kind; 12 minutes
 #  - every layout, dtype and way to save, killed or stopped and resumed: the same bits as an undisturbed run's
+#  - tests that are marked "sweep": offload to NVMe, layouts and dtypes in turn, whether upstream still has what is worked
+#    around, benchmarks of the data; 10 minutes
 #  - every legal layout loads one logical state and writes the same; pairs of layouts take over from each other
 #  - every causal-LM family in two pipeline stages, and five families in every layout, against plain transformers:
 #    25 minutes on two cores
@@ -26,7 +28,7 @@ if ! .venv/bin/python -c "from deepspeed.ops.op_builder import AsyncIOBuilder as
   apt-get install -y --no-install-recommends libaio-dev
 fi
 .venv/bin/python -c "from deepspeed.ops.op_builder import AsyncIOBuilder as b; b().load(verbose=False)"
-.venv/bin/python -m pytest -q tests/distributed/test_nvme.py
+.venv/bin/python -m pytest -q -m sweep
 .venv/bin/python tools/compatibility.py --layouts --seed "$seed"
 .venv/bin/pip install -q gguf==0.19.0
 .venv/bin/python tests/distributed/real_weights.py

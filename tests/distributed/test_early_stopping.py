@@ -81,7 +81,7 @@ def test_a_run_ends_finished_and_goes_on_with_more_patience(trainer: Trainer, se
     assert trainer.status(run)["reason"] is None
 
 
-@pytest.mark.parametrize("at", [5, 7, 9])
+@pytest.mark.parametrize("at", [5, pytest.param(7, marks=pytest.mark.sweep), 9])
 def test_killed_and_resumed_it_ends_at_the_same_step(trainer: Trainer, at: int) -> None:
     """Checkpoints lie at 4 and 8, evaluations at even steps: counted once each, whichever were done before the kill."""
     evaluation = {"every_steps": 2, "early_stopping": {"patience": 2, "minimum_delta": 0.15}}

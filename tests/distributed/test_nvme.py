@@ -16,7 +16,8 @@ import packages
 import pytest
 from forked_runs import STEPS, Trainer
 
-pytestmark = pytest.mark.timeout(900)  # the first start compiles DeepSpeed's async_io: minutes
+# The first start compiles DeepSpeed's async_io: minutes.
+pytestmark = [pytest.mark.sweep, pytest.mark.timeout(900)]
 
 CONFIG = {"model_type": "gpt2", "vocab_size": 24_000, "n_embd": 48, "n_layer": 2, "n_head": 2, "n_positions": 64}
 NVME = {"base": "zero3_offload_nvme", "override": {"zero_optimization": {"sub_group_size": 400_000}}}

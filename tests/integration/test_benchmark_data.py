@@ -25,6 +25,8 @@ PEERS = {
     "memory": [],
 }
 
+pytestmark = pytest.mark.sweep  # a short benchmark of every subject
+
 
 def benchmark(folder: Path, number: int) -> subprocess.CompletedProcess[str]:
     """Run one half of the benchmarks: two processes at a time, as each waits for others."""
