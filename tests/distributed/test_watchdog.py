@@ -86,3 +86,10 @@ def test_a_rank_that_the_kernel_kills_for_memory(trainer: Trainer) -> None:
     assert (found["class"], found["rank"], found["phase"]) == ("host-out-of-memory", 1, "backward"), found
     assert "SIGKILL" in found["cause"], found
     assert found["fix"]
+
+
+def test_an_exception_before_there_is_a_log_is_named(trainer: Trainer) -> None:
+    injection = Injection("raise", "start", 0, 0, "exception")
+    found = inject(trainer, injection, 1, "early")
+    assert faults_of(injection, found) == [], found
+    assert "injected at phase.start" in found["cause"]

@@ -37,11 +37,23 @@ def run_rank(
 ) -> int:  # fmt: skip
     """Train as one rank and return its exit code. The environment has been exported to os.environ.
 
-    ``stop`` has its handlers installed already; ``job_end`` asks the scheduler when a job ends.
+    ``stop`` has its handlers installed already; ``job_end`` asks the scheduler when a job ends. What happens before
+    there is a log is raised.
     """
-    phases.mark("start", detail="opening the run directory")
+    try:
+        return _run(recipe, derived, deepspeed_json, environment, stop, job_end)
+    except BaseException as error:
+        note_exception(error)
+        raise
+
+
+def _run(
+    recipe: Recipe, derived: Derived, deepspeed_json: dict[str, Any], environment: RankEnvironment,
+    stop: StopFlag | None, job_end: Ask | None,
+) -> int:  # fmt: skip
     keep_private(recipe.run.group_access)  # a run directory holds paths, host names and data
     make_run_directory(Path(recipe.run.directory), recipe.run.group_access)
+    phases.mark("start", detail="opening the run directory")
     directory: RunDirectory | None = None
     with (
         stop or StopFlag() as stop,
