@@ -101,6 +101,11 @@ def test_persistent_inf_ends_the_run(trainer: Trainer, policy: dict[str, Any], w
     assert codes == [93, 93], output
     status = trainer.status(path.stem)
     assert words in status["reason"]
+    assert output.count(f"trainer: {status['reason'].splitlines()[0]}") == 1
+    assert output.count("trainer: what each rank did") == 1
+    assert "failed in" not in output, "all ranks raised it: rank 0 tells it, in words for the user"
+    failure = json.loads((trainer.directory / path.stem / "failure.json").read_text())
+    assert (failure["rank"], failure["same_words"], failure["suspect_hosts"]) == (None, [0, 1], [])
     assert [event["step"] for event in events(trainer, path.stem)] == list(range(7, step + 1))
     assert layout.steps_with_manifest(trainer.directory / path.stem) == [5], "nothing of it was saved"
 

@@ -82,6 +82,31 @@ def test_the_first_exception_that_is_no_echo() -> None:
     assert not cause(raised(0, "DoNotRestartError", "nan", exit_code=93)).retryable
 
 
+def test_of_ranks_that_raised_the_same_the_lowest_is_named() -> None:
+    def at(rank: int, unix: float) -> RankReport:
+        return raised(rank, "CheckpointError", "RUN: all 3 checkpoints are damaged", exception_unix=unix)
+
+    some = cause(at(3, 1000.0), at(1, 1000.1), report(0, "snapshot"), report(2, "snapshot"))
+    assert (some.rank, some.host, some.same_words) == (1, "node1", (1, 3))
+    assert some.cause.startswith("rank 1 on node1 failed in forward of step 12: CheckpointError: RUN: all 3")
+    every = cause(*(at(rank, 1000.0 - rank) for rank in range(4)))
+    assert (every.rank, every.host, every.same_words) == (None, None, (0, 1, 2, 3))
+    assert every.cause.startswith("all ranks failed in forward of step 12: CheckpointError: RUN: all 3")
+    # Words of its own stay those of one rank, as do those of the only one.
+    assert cause(at(0, 1000.0), raised(1, "ValueError", "odd", exception_unix=999.0)).rank == 1
+    assert cause(raised(0, "ValueError", "odd", world_size=1)).rank == 0
+
+
+def test_what_every_rank_raised_makes_no_host_suspect() -> None:
+    words = ("RuntimeError", "No CUDA GPUs are available: no CUDA-capable device is detected")
+    assert cause(raised(2, *words)).suspect_hosts == ("node2",)
+    every = cause(*(raised(rank, *words) for rank in range(4)))
+    assert (every.failure_class, every.host, every.suspect_hosts) == ("node", None, ())
+    one_host = cause(*(raised(rank, *words, host="node1") for rank in range(4)))
+    assert one_host.cause.startswith("all ranks on node1 failed in")
+    assert one_host.suspect_hosts == ("node1",)
+
+
 def test_a_missing_rank_at_the_meeting() -> None:
     message = "Timed out after 601 seconds waiting for clients. 2/4 clients joined."
     found = cause(raised(0, "DistStoreError", message, phase="start", step=0), report(1, "snapshot", phase="start"))
@@ -187,6 +212,39 @@ def test_all_in_the_same_collective() -> None:
     ("CUDA error: uncorrectable ECC error encountered", "forward", "node", "exclude"),
     ("DataError: token shards: 1 problem", "data", "data", "verify"),
     ("OSError: [Errno 113] No route to host", "start", "network", "links"),
+    # As PyTorch, CUDA, NCCL, gloo and the kernel print them.
+    ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB "
+     "of which 1.5 GiB is free.", "forward", "gpu-out-of-memory", "micro_size"),
+    ("ncclUnhandledCudaError: Call to CUDA function failed. Last error: Cuda failure 2 'out of memory'", "start",
+     "gpu-out-of-memory", "zero3"),
+    ("RuntimeError: [enforce fail at alloc_cpu.cpp:116] DefaultCPUAllocator: can't allocate memory: you tried to "
+     "allocate 8589934592 bytes. Error code 12 (Cannot allocate memory)", "load", "host-out-of-memory", "workers"),
+    ("CheckpointError: checkpoint of step 10 was not written: rank 1: [Errno 28] No space left on device: "
+     "'/run/rank-00001.safetensors'", "save", "disk", "free some space"),
+    ("torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered", "backward", "node", "exclude"),
+    ("CUDA error: uncorrectable NVLink error detected during the execution", "backward", "node", "exclude"),
+    ("NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.", "forward",
+     "node", "exclude"),
+    ("NVRM: Xid (PCI:0000:86:00): 31, pid=1234, name=python, Ch 00000008, MMU Fault", "forward", "node", "exclude"),
+    ("NVRM: Xid (PCI:0000:86:00): 74, pid='<unknown>', name=<unknown>, NVLink: fatal error detected on link 0",
+     "forward", "node", "exclude"),
+    ("RuntimeError: No CUDA GPUs: no CUDA-capable device is detected", "start", "node", "exclude"),
+    ("torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled system error, NCCL "
+     "version 2.27.5", "forward", "network", "NCCL_DEBUG"),
+    ("NCCL WARN NET/IB : Got completion from peer 10.0.0.2 with status=12 opcode=0 len=0 vendor err 129", "backward",
+     "network", "links"),
+    ("RuntimeError: [enforce fail at gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 64 vs 32",
+     "forward", "collective-mismatch", "same code"),
+    ("ValueError: invalid size of output tensor at index 1 (expected length 8, got 16)", "forward",
+     "collective-mismatch", "same code"),
+    ("DistNetworkError: The client socket has timed out after 600000ms while trying to connect to (node1, 29500).",
+     "start", "rendezvous", "port"),
+    ("socket.gaierror: [Errno -2] Name or service not known", "start", "rendezvous", "reach the address"),
+    ("RendezvousError: node2 can't resolve MASTER_ADDR = node1 (Name or service not known)", "start", "rendezvous", ""),
+    ("CheckpointError: RUN: all 3 checkpoints are damaged; nothing was changed", "load", "checkpoint", "repair"),
+    ("CheckpointError: /run/rank-00000.safetensors: ends at 512 bytes, it was cut off", "load", "checkpoint", "verify"),
+    ("CorruptBlockError: token shards: 1 problem\n  - train.bin = 'block 3': failed its checksum", "data", "data",
+     "data verify"),
 ])  # fmt: skip
 def test_words_tell_the_class_and_the_fix(text: str, phase: str, expected: str, word: str) -> None:
     kind = classify(text, phase)
@@ -195,10 +253,30 @@ def test_words_tell_the_class_and_the_fix(text: str, phase: str, expected: str, 
     assert word in kind.fix
 
 
-def test_other_words_tell_nothing() -> None:
-    assert classify("ValueError: something else", "forward") is None
+@pytest.mark.parametrize(("text", "phase"), [
+    ("ValueError: something else", "forward"),
+    ("KeyError: 'taxid'", "data"),
+    ("IndexError: maxIdx 12 is out of range", "forward"),
+    ("KeyError: 'xid'", "data"),
+    ("ValueError: nvlink_domain must be a number", "start"),
+    ("ValueError: invalid sizes: 3 and 4", "forward"),
+    ("ValueError: the tokenizer is corrupt", "start"),
+    ("ValueError: archive is damaged", "start"),
+    ("CheckpointError: another job has taken over /run: this one may not commit any more", "save"),
+    ("URLError: <urlopen error [Errno -2] Name or service not known>", "data"),
+    ("ConnectionError: HTTPSConnectionPool(host='huggingface.co', port=443): Max retries exceeded with url: / (Caused "
+     "by NameResolutionError([Errno -2] Name or service not known))", "start"),
+])  # fmt: skip
+def test_ordinary_words_are_no_sign_of_a_broken_machine(text: str, phase: str) -> None:
+    assert classify(text, phase) is None
+
+
+def test_the_end_of_another_rank_is_no_cause() -> None:
     assert is_echo(": ".join(ECHO))
     assert is_echo("Timed out waiting 600000ms for recv operation to complete")
+    assert is_echo("RuntimeError: [../gloo/transport/tcp/pair.cc:534] Read error [10.0.0.2]: Connection reset by peer")
+    assert is_echo("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=17, OpType=ALLREDUCE)")
+    assert is_echo("DistBackendError: ncclRemoteError: A call failed possibly due to a network error or a remote exit")
     assert not is_echo("ValueError: something else")
 
 

@@ -77,6 +77,7 @@ def to_json(failure: Failure, launch: str, reports: list[RankReport]) -> dict[st
         "cause": failure.cause,
         "fix": failure.fix,
         "suspect_hosts": list(failure.suspect_hosts),
+        "same_words": list(failure.same_words),
         "ranks": [
             {
                 "rank": report.rank, "host": report.host, "event": report.event, "phase": report.phase,

@@ -48,10 +48,13 @@ class LaunchReports:
             for path in sorted(launches, key=lambda path: path.stat().st_mtime)[:-_KEPT_LAUNCHES]:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def write(self, report: RankReport, stacks: str) -> None:
-        """Write the report of this rank, and its stacks if there are any. Raises OSError."""
+    def write(self, report: RankReport, stacks: str) -> bool:
+        """Write the report of this rank, and its stacks if there are any. Raises OSError.
+
+        Return whether it was: not where the run directory is gone.
+        """
         if not self._run_directory.is_dir():
-            return
+            return False
         self.directory.parent.mkdir(mode=directory_mode(), exist_ok=True)
         self.directory.mkdir(mode=directory_mode(), exist_ok=True)
         if stacks:
@@ -59,6 +62,7 @@ class LaunchReports:
             with open(os.open(path, flags, file_mode()), "w", encoding="utf-8") as file:
                 file.write(stacks)
         write_report(self.directory, report)
+        return True
 
     def read(self) -> list[RankReport]:
         """Return those of this launch."""
@@ -74,6 +78,10 @@ class LaunchReports:
     def is_lowest(self) -> bool:
         """Return whether no rank before this one has left one: its supervisor would have judged."""
         return not any(self._is_ours(report_path(self.directory, rank)) for rank in range(self._rank))
+
+    def are_told(self) -> bool:
+        """Return whether a supervisor of this launch has said who is the cause."""
+        return self._is_ours(self.directory / TOLD)
 
     def peer_failed(self) -> bool:
         """Return whether another supervisor of this launch has written since the last look."""

@@ -25,17 +25,16 @@ from trainer.config.watchdog import WatchdogConfig
 from trainer.core import phases
 from trainer.core.environ import RankEnvironment
 from trainer.core.errors import EXIT_DO_NOT_RESTART, EXIT_FAILURE, EXIT_OK, EXIT_REFUSED, EXIT_REQUEUE
-from trainer.core.lock_owner import Owner
 from trainer.core.phases import Board, Snapshot
 from trainer.core.private import GroupAccess, keep_private
-from trainer.core.run_lock import lock_path
 from trainer.launch.failure import is_first, note_in_status, summarise_launch, tell, to_json
 from trainer.launch.launch_reports import JUDGED, TOLD, LaunchReports
+from trainer.launch.lock_watch import LockWatch
 from trainer.launch.rank_examiner import Examiner, Place
 from trainer.launch.reachability import Listener, own_address, unreachable, whom_to_ask
 from trainer.launch.storage import Storage
 from trainer.resilience.failure_classes import is_echo
-from trainer.resilience.failure_summary import summarise_alone
+from trainer.resilience.failure_summary import is_lost_connection, summarise_alone
 from trainer.resilience.rank_report import Event, RankReport
 
 T = TypeVar("T")
@@ -52,6 +51,8 @@ _STORAGE_SECONDS = 10.0
 """A file system that does not answer must not keep a supervisor from ending its rank."""
 _REPORTS_A_SECOND = 50
 """That a busy file system reads at least."""
+_LAST_WORD_SECONDS = 10.0
+"""For which a rank that only lost a connection lets others speak first where no report can be read."""
 _KILL_SECONDS = 10.0
 """A process in an uninterruptible wait does not die; its supervisor then leaves without it."""
 
@@ -159,6 +160,9 @@ class _Supervisor:
         self._stopped_since: float | None = None
         self._raised_since: float | None = None
         self._report: RankReport | None = None
+        self._saved = False
+        """Whether a report could be written down."""
+        self._lock = LockWatch(watched.run_directory)
         self._listener: Listener | None = None
         self._peers_asked_at = 0.0
         self._look_every_seconds = max(0.5, self._world_size / _RANKS_A_SECOND)
@@ -172,6 +176,7 @@ class _Supervisor:
         """Return when the rank has ended or was killed: its exit code, negative for a signal."""
         keep_private(self._watched.group_access)
         self._in_time(self._reports.begin, None)
+        self._in_time(self._lock.begin, None)
         while self._ended is None:
             self._wait(_POLL_SECONDS)
             if self._ended is None and self._watching and self._guarded(self._watch):
@@ -309,7 +314,7 @@ class _Supervisor:
     def _save(self, report: RankReport, stacks: str) -> None:
         raised = self._board.snapshot().raised
         self._report, stacks = report, stacks or (raised.traceback if raised is not None else "")
-        self._in_time(lambda: self._reports.write(report, stacks), None)
+        self._saved = self._in_time(lambda: self._reports.write(report, stacks), False) or self._saved
 
     def _look_at_network(self, end: float) -> None:
         """Let the first supervisor of each node try to reach the others' until ``end``."""
@@ -333,7 +338,7 @@ class _Supervisor:
         first_hand = report.event in ("died", "exited", "raised")
         if not (first_hand or self._rank == 0 or self._in_time(self._reports.is_lowest, True)):
             return
-        holds = self._in_time(self._holder, None)
+        holds = self._holder()
         if holds not in (None, self._pid):  # another job has the directory
             return
         directory, launch = self._watched.run_directory, self._watched.launch
@@ -341,15 +346,19 @@ class _Supervisor:
         fields = self._in_time(
             lambda: summarise_launch(directory, launch, self._watched.hosts, since_ns), None, extra_seconds
         )
-        if fields is None:  # nothing could be written or read in time: this rank's own part
+        lost = is_lost_connection(report)
+        unheard = first_hand and not lost and not self._saved  # a full disk: no other supervisor knows of it
+        alone = fields is None or unheard
+        if alone:  # nothing could be written or read in time: this rank's own part
             failure = summarise_alone(report)
             fields = to_json(failure, launch, [report]) if failure is not None else None
         if fields is None:
             return
         snapshot = self._board.snapshot()
         raised = snapshot.raised
-        told = raised is not None and raised.told and fields["rank"] == self._rank
-        if self._in_time(lambda: is_first(self._reports.directory, TOLD), True):
+        told = raised is not None and raised.told and self._rank in fields["same_words"]
+        known = alone and lost and self._others_tell()
+        if not known and (self._in_time(lambda: is_first(self._reports.directory, TOLD), True) or unheard):
             tell(directory, fields, told=told)
         if self._rank == 0 and (snapshot.started or holds == self._pid):
             echo = raised is not None and is_echo(f"{raised.type}: {raised.message}")
@@ -361,5 +370,19 @@ class _Supervisor:
 
     def _holder(self) -> int | None:
         """Return the process that holds the run directory, None: nobody, or not known as this is not rank 0."""
-        owner = Owner.parse(lock_path(self._watched.run_directory).read_bytes()) if self._rank == 0 else None
-        return None if owner is None else owner.pid
+        if self._rank != 0:
+            return None
+        while True:
+            holds, seconds = self._in_time(lambda: self._lock.holder(self._pid), (None, 0.0))
+            if seconds <= 0:
+                return holds
+            self._pause(min(seconds, 1.0))
+
+    def _others_tell(self) -> bool:
+        """Return whether a supervisor tells of the failure whose rank may know more than that it lost a connection."""
+        end = time.monotonic() + self._notice_seconds + _LAST_WORD_SECONDS
+        while time.monotonic() < end:
+            if self._in_time(self._reports.are_told, False):
+                return True
+            self._pause(0.5)
+        return False

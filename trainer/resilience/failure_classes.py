@@ -8,7 +8,7 @@ from typing import Literal
 
 FailureClass = Literal[
     "exception", "killed", "host-out-of-memory", "gpu-out-of-memory", "stopped", "hang", "collective-mismatch",
-    "rendezvous", "disk", "network", "node", "data", "corruption",
+    "rendezvous", "disk", "network", "node", "data", "checkpoint", "corruption",
 ]  # fmt: skip
 
 
@@ -48,6 +48,15 @@ _PARTS = {
     "save": "a save does not fit: checkpoint.asynchronous: false",
 }
 
+_MEETING_FIX = (
+    "ranks did not meet: every rank must reach the address and port of the message; is a rank missing, another job "
+    "on that port, or the wrong interface chosen (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)?"
+)
+_UNKNOWN_HOST = _rule(
+    r"Name or service not known|Temporary failure in name resolution|getaddrinfo", "rendezvous", _MEETING_FIX
+)
+_DOWNLOAD = re.compile(r"https?://|HTTPS?Connection", re.IGNORECASE)
+
 _RULES: tuple[_Rule, ...] = (
     _rule(
         r"MemoryError|can't allocate memory|cannot allocate memory|\[Errno 12\]|std::bad_alloc|oom-kill|oom_kill",
@@ -80,21 +89,20 @@ _RULES: tuple[_Rule, ...] = (
     ),
     _rule(
         r"uncorrectable ECC|fallen off the bus|CUDA-capable device\(s\) is/are busy|no CUDA-capable device"
-        r"|NVLink|Xid|GPU is lost|CUDA error: unknown error|hardware error",
+        # A name in the user's code may hold these letters: taxid, maxIdx.
+        r"|\bNVLink\b.*error|(?-i:\bXid\b)|GPU is lost|CUDA error: unknown error|hardware error",
         "node",
         "a GPU of this host is broken or taken: leave the host out (sbatch --exclude), and tell its operators",
     ),
     _rule(
         r"waiting for clients|clients joined|DistStoreError|failed to (listen|bind)|Address already in use"
-        r"|EADDRINUSE|client socket has (failed|timed out)|server socket|Name or service not known|"
-        r"getaddrinfo|rendezvous|Rendezvous",
+        r"|EADDRINUSE|client socket has (failed|timed out)|server socket|rendezvous",
         "rendezvous",
-        "ranks did not meet: every rank must reach the address and port of the message; is a rank missing, another job "
-        "on that port, or the wrong interface chosen (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)?",
+        _MEETING_FIX,
     ),
     _rule(
         r"Detected mismatch between collectives|collective.{0,40}mismatch|ran different collectives"
-        r"|op\.preamble\.length|invalid size",
+        r"|op\.preamble\.length|invalid size of output tensor|invalid tensor (size|type) at index",
         "collective-mismatch",
         "ranks did different things: the same code, recipe and data must be on every host",
         retryable=False,
@@ -105,7 +113,15 @@ _RULES: tuple[_Rule, ...] = (
         "NCCL failed: start once with NCCL_DEBUG=INFO, check NCCL_SOCKET_IFNAME and the links of the hosts named",
     ),
     _rule(
-        r"checksum|token shards|DataError|corrupt|is damaged",
+        r"\bCheckpointError: .*(\b(is|are) damaged|no complete checkpoint|\bmanifest\b|are missing|lacks"
+        r"|holds no |was cut off|no safetensors file|no flat tensor|checksum)",
+        "checkpoint",
+        "a checkpoint can't be used: trainer checkpoint verify RUN_DIR names what is wrong, trainer checkpoint repair "
+        "RUN_DIR moves it aside; restore a good one from a copy, or choose another run.directory",
+        retryable=False,
+    ),
+    _rule(
+        r"checksum|token shards|DataError",
         "data",
         "the data can't be used: trainer data verify --full names what is wrong; restore the file",
         retryable=False,
@@ -136,4 +152,10 @@ def classify(text: str, phase: str) -> Kind | None:
     if _GPU_MEMORY.search(text):
         part = _PARTS.get(phase, _PARTS["forward"])
         return Kind("gpu-out-of-memory", f"memory of the GPU: {part}", retryable=False)
-    return next((rule.kind for rule in _RULES if rule.pattern.search(text)), None)
+    return next((rule.kind for rule in _rules(text, phase) if rule.pattern.search(text)), None)
+
+
+def _rules(text: str, phase: str) -> tuple[_Rule, ...]:
+    """Return those that apply: the host that is not known may be that of a download."""
+    meeting = phase == "start" and not _DOWNLOAD.search(text)
+    return (*_RULES, _UNKNOWN_HOST) if meeting else _RULES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainer.core.errors import EXIT_DO_NOT_RESTART
 from trainer.resilience.failure_classes import FailureClass, Kind, classify, is_echo
@@ -35,6 +35,8 @@ class Failure:
     fix: str
     suspect_hosts: tuple[str, ...] = ()
     """Hosts that the next start should do without."""
+    same_words: tuple[int, ...] = ()
+    """Ranks that raised the same exception with the same message."""
 
 
 def summarise(reports: Sequence[RankReport], hosts: Mapping[int, str] | None = None) -> Failure | None:
@@ -51,12 +53,12 @@ def summarise(reports: Sequence[RankReport], hosts: Mapping[int, str] | None = N
     dead = sorted((r for r in failed if r.event in ("died", "exited")), key=lambda r: r.time_unix)
     if dead:
         # An abort may be a library's answer to a lost connection.
-        return _dead(next((r for r in dead if not _is_echo(r)), dead[0]))
+        return _dead(next((r for r in dead if not is_lost_connection(r)), dead[0]))
     raised = sorted((r for r in failed if r.event == "raised"), key=lambda r: (r.exception_unix, r.rank))
-    first_hand = [report for report in raised if not _is_echo(report)]
+    first_hand = [report for report in raised if not is_lost_connection(report)]
     missing = sorted(set(range(failed[0].world_size)) - {report.rank for report in reports})
     if first_hand:
-        return _raised(first_hand[0], missing, hosts)
+        return _raised_first(first_hand, missing, hosts)
     stopped = [report for report in reports if report.process_state == "T"]
     if stopped:
         return _stopped(stopped[0])
@@ -73,7 +75,8 @@ def summarise_alone(report: RankReport) -> Failure | None:
     if report.event in ("died", "exited"):
         return _dead(report)
     if report.event == "raised":
-        return _hanging([report], [report]) if _is_echo(report) else _raised(report, [], {report.rank: report.host})
+        hosts = {report.rank: report.host}
+        return _echo_alone(report) if is_lost_connection(report) else _raised_first([report], [], hosts)
     if report.process_state == "T":
         return _stopped(report)
     if report.lock_held:
@@ -109,7 +112,8 @@ def where(report: RankReport) -> str:
     return f"{text} ({doing})" if doing else text
 
 
-def _is_echo(report: RankReport) -> bool:
+def is_lost_connection(report: RankReport) -> bool:
+    """Return whether the rank ended because it lost another: not the cause."""
     if report.event == "raised":
         return is_echo(f"{report.exception_type}: {report.exception_message}")
     return report.signal == "SIGABRT" and is_echo(report.log_tail)
@@ -132,6 +136,35 @@ def _dead(report: RankReport) -> Failure:
     else:
         fix = "who sent the signal? The system does when memory runs out (dmesg), an operator, or the scheduler"
     return _failure(report, known or Kind("killed", fix), died)
+
+
+def _raised_first(first_hand: Sequence[RankReport], missing: Sequence[int], hosts: Mapping[int, str]) -> Failure:
+    """Name the rank that raised first; of those that raised the same, the lowest: who was quickest says nothing.
+
+    Where every rank did, no rank is the cause, and no host is suspected, unless there is but one.
+    """
+    first = first_hand[0]
+    words = (first.exception_type, first.exception_message)
+    same = sorted((r for r in first_hand if (r.exception_type, r.exception_message) == words), key=lambda r: r.rank)
+    lowest = same[0]
+    failure = replace(_raised(lowest, missing, hosts), same_words=tuple(report.rank for report in same))
+    if len(same) < max(2, first.world_size) or failure.failure_class == "corruption":
+        return failure
+    what = failure.cause.removeprefix(f"rank {lowest.rank} on {lowest.host} ")
+    if len({report.host for report in same}) == 1:
+        return replace(failure, rank=None, cause=f"all ranks on {lowest.host} {what}")
+    return replace(failure, rank=None, host=None, cause=f"all ranks {what}", suspect_hosts=())
+
+
+def _echo_alone(report: RankReport) -> Failure:
+    """Say what a rank lost where no report tells why: the disk of the run directory is full or away, for one."""
+    words = " ".join(f"{report.exception_type}: {report.exception_message}".split())
+    fix = (
+        "the ranks' reports could not be written or read: what another rank said counts; else look whether the disk of "
+        "the run directory is full, and at the network between the hosts"
+    )
+    what = f"lost a connection in {where(report)}, and no report says why: {words}"
+    return _failure(report, Kind("network", fix), what)
 
 
 def _raised(report: RankReport, missing: Sequence[int], hosts: Mapping[int, str]) -> Failure:
