@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from checkpoint_damage import (
+    DAMAGE,
+    HARMLESS,
+    cli,
+    command_line,
+    cut_off,
+    edit_manifest,
+    flip,
+    overwrite,
+    peak,
+    rehash,
+    reshaped,
+    shard_of,
+    slices,
+    step_of,
+    write_large,
+)
 from forked_runs import Trainer
 from safetensors.torch import load_file
 
 from trainer.checkpoint import export, layout, survey
-from trainer.checkpoint.commit import Commit
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.sections import Holding, make_plan
-from trainer.checkpoint.shard_file import Entry, hash_file, streamed, write_section
 from trainer.checkpoint.tensor_diff import tensor_differences
-from trainer.cli.main import main
 from trainer.cli.train import _launch as start
-from trainer.config.checkpoint import CheckpointConfig
 from trainer.core.errors import RefusedError
 from trainer.core.run_lock import RunLock
 
@@ -71,140 +78,6 @@ def copy(world: Path, tmp_path: Path) -> Callable[[str], Path]:
 @pytest.fixture
 def run(copy: Callable[[str], Path]) -> Path:
     return copy("tiny")
-
-
-def cli(*arguments: object) -> tuple[int, str]:
-    """Run `trainer checkpoint` in this process; return exit code and output, stderr included."""
-    return command_line("checkpoint", *arguments)
-
-
-def command_line(*arguments: object) -> tuple[int, str]:
-    """Run `trainer` in this process; return exit code and output, stderr included."""
-    said = io.StringIO()
-    before, sys.argv = sys.argv, ["trainer", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            main()
-        code = 0
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 0
-    finally:
-        sys.argv = before
-    return code, said.getvalue()
-
-
-def step_of(run: Path, step: int) -> Path:
-    return layout.step_directory(run, step)
-
-
-def shard_of(run: Path, step: int, rank: int = 0) -> Path:
-    return step_of(run, step) / f"rank-{rank:05d}.safetensors"
-
-
-def edit_manifest(run: Path, step: int, change: Callable[[dict], None]) -> None:
-    path = layout.manifest_path(step_of(run, step))
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
-
-
-def flip(path: Path, position: int = -1) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
-
-
-def rehash(run: Path, step: int, name: str) -> None:
-    """Let the manifest state what a changed shard holds."""
-    facts = {"bytes": (step_of(run, step) / name).stat().st_size, "xxh3_64": hash_file(step_of(run, step) / name)[0]}
-    edit_manifest(run, step, lambda manifest: manifest["files"].update({name: facts}))
-
-
-def slices(manifest: dict, name: str = "lm_head.weight", key: str = "weight") -> list:
-    return manifest["tensors"][name]["states"][key]["slices"]
-
-
-def cut_off(run: Path) -> None:
-    os.truncate(shard_of(run, 8), 1000)
-
-
-def swap(run: Path) -> None:
-    shutil.copy(shard_of(run, 6, 1), shard_of(run, 8, 1))
-
-
-def repeat(manifest: dict) -> None:
-    slices(manifest).append([1 - slices(manifest)[0][0], 5, 10])
-
-
-def newer(run: Path) -> None:
-    edit_manifest(run, 8, lambda manifest: manifest.update(version=99))
-
-
-DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "cut off": (cut_off, r"rank-00000\.safetensors: cut off: 1,000 bytes, the manifest says [\d,]+"),
-    "flipped": (lambda run: flip(shard_of(run, 8, 1)), r"rank-00001\.safetensors: contents changed"),
-    "empty": (lambda run: shard_of(run, 8).write_bytes(b""), r"rank-00000\.safetensors: empty"),
-    "missing": (lambda run: shard_of(run, 8, 1).unlink(), r"rank-00001\.safetensors: missing"),
-    "of another checkpoint": (swap, r"rank-00001\.safetensors: is rank-00001\.safetensors of step 6"),
-    "no manifest": (
-        lambda run: layout.manifest_path(step_of(run, 8)).unlink(),
-        r"manifest\.json: No such file or directory: its shards can't be told apart",
-    ),
-    "garbled manifest": (
-        lambda run: os.truncate(layout.manifest_path(step_of(run, 8)), 500),
-        r"manifest\.json: 500 bytes that are no JSON",
-    ),
-    "empty manifest": (lambda run: layout.manifest_path(step_of(run, 8)).write_text(""), r"manifest\.json: empty"),
-    "manifest of another step": (
-        lambda run: edit_manifest(run, 8, lambda manifest: manifest.update(step=7)),
-        r"manifest\.json: is that of step 7",
-    ),
-    "flipped manifest": (
-        lambda run: layout.manifest_path(step_of(run, 8)).write_bytes(
-            layout.manifest_path(step_of(run, 8)).read_bytes().replace(b'"tokens":', b'"tokenz":', 1)
-        ),
-        r"manifest\.json: changed \(the hash that it holds of itself is another\)",
-    ),
-    "no counter": (
-        lambda run: edit_manifest(run, 8, lambda manifest: manifest["state"]["train"].update(tokens=-1)),
-        r"manifest\.json: state\.train\.tokens is '-1', no count",
-    ),
-    "gap": (
-        lambda run: edit_manifest(run, 8, lambda manifest: slices(manifest)[-1].__setitem__(2, 1000)),
-        r"lm_head\.weight weight: elements 1,000\.\.16,383 are in no shard",
-    ),
-    "twice": (
-        lambda run: edit_manifest(run, 8, repeat),
-        r"lm_head\.weight weight: elements 5\.\.14 are in two shards",
-    ),
-    "another dtype": (
-        lambda run: edit_manifest(
-            run, 8, lambda manifest: manifest["tensors"]["lm_head.weight"]["states"]["weight"].update(dtype="float16")
-        ),
-        r"lm_head\.weight::weight is [\d,]+ x float32, the manifest says [\d,]+ x float16",
-    ),
-}
-"""Damage to step 8, and what verify says."""
-HARMLESS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "stray file": (
-        lambda run: (step_of(run, 8) / "notes.txt").write_text("x"),
-        r"notes\.txt: the manifest does not list it\n",
-    ),
-    "stray shard": (
-        lambda run: shutil.copy(shard_of(run, 6), step_of(run, 8) / "rank-00002.safetensors"),
-        r"rank-00002\.safetensors: the manifest does not list it: it is rank-00000\.safetensors of step 6",
-    ),
-    "newer": (newer, r"has format version 99, this trainer reads up to 3: upgrade it"),
-    "pointer to an absent one": (
-        lambda run: layout.pointer_path(run).write_text("step-00000010\n"),
-        "latest names step 10, which is not there",
-    ),
-    "garbled pointer": (
-        lambda run: layout.pointer_path(run).write_bytes(b"\xff\xfe../../etc"),
-        "which is no checkpoint",
-    ),
-    "no pointer": (lambda run: layout.pointer_path(run).unlink(), "latest: No such file or directory"),
-}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -312,12 +185,8 @@ def test_nan_scan_counts_and_places(copy: Callable[[str], Path]) -> None:
     assert manifest is not None
     shard, start, _ = next(piece for piece in slices(manifest) if piece[0] == 1)
     path = shard_of(run, 8, shard)
-    content = bytearray(path.read_bytes())
-    header = int.from_bytes(content[:8], "little")
-    low = 8 + header + json.loads(content[8 : 8 + header])["lm_head.weight::weight"]["data_offsets"][0]
     for place, value in ((70, float("nan")), (71, float("inf")), (500, float("nan"))):
-        content[low + 4 * place : low + 4 * place + 4] = torch.tensor([value]).numpy().tobytes()
-    path.write_bytes(content)
+        overwrite(path, "lm_head.weight::weight", place, torch.tensor([value]))
     rehash(run, 8, path.name)
     assert cli("verify", run, "--step", 8) == (0, "step 8: ok\n")
     row, column = divmod(start + 70, 32)
@@ -449,14 +318,10 @@ def test_differences_of_values_are_what_plain_safetensors_says(run: Path, world:
     path = shard_of(run, 8, slices(manifest, "model.norm.weight", "exp_avg")[0][0])
     tensors = load_file(path)
     key = "model.norm.weight::exp_avg"
-    start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-    low = json.loads(path.read_bytes()[8:start])[key]["data_offsets"][0]
     changed = tensors[key].clone()
     changed[3] += 0.5
     gap = float((changed[3].double() - tensors[key][3].double()).abs())
-    content = bytearray(path.read_bytes())
-    content[start + low : start + low + changed.nbytes] = changed.numpy().tobytes()
-    path.write_bytes(content)
+    overwrite(path, key, 0, changed)
     rehash(run, 8, path.name)
     a, b = CheckpointReader(step_of(world / "runs/tiny", 8)), CheckpointReader(step_of(run, 8))
     (found,) = tensor_differences(a, b)
@@ -488,14 +353,6 @@ def test_prune_does_not_count_damaged_ones(run: Path) -> None:
     assert "step 8: damaged (rank-00000.safetensors: contents changed" in said
     assert [step for step, _ in layout.step_directories(run)] == [6, 8]
     assert cli("verify", run, "--step", 6)[0] == 0
-
-
-def reshaped(world: Path, name: str, output: Path, *options: object) -> Path:
-    code, said = cli("reshape", world / "runs" / name, "--output", output, *options)
-    assert code == 0, said
-    assert re.search(r"\n[\d.]+ KiB, peak memory [\d.]+ [MG]iB\n$", said), said
-    assert cli("verify", output) == (0, "step 8: ok\n")
-    return output
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -598,37 +455,8 @@ def test_a_killed_reshape_leaves_nothing_that_counts_and_can_be_repeated(
 
 def test_memory_does_not_grow_with_tensors(world: Path, tmp_path: Path) -> None:
     """One tensor of 400 MB: rewritten, compared and scanned in little more memory than the tiny model."""
-    count = 100_000_000
-    manifest = layout.read_manifest(step_of(world / "runs/tiny", 8))
-    assert manifest is not None
-    big = tmp_path / "big"
-    slices = (("w", "weight", "float32", (count // 10, 10), 0, count, None),)
-    holding = Holding("here", (("w::weight", "F32", count),), 4 * count, slices, 0, False)
-    plan = make_plan([holding], "rank")
-    commit = Commit(big, "test", CheckpointConfig(), lambda: None)
-    commit.reap()
-    commit.begin(8, plan)
-    entries = [Entry.of("", torch.full((count // 10,), float(number))) for number in range(10)]
-    path = commit.temporary(8) / plan.sections[0].file
-    written = write_section(path, 0, streamed(plan.sections[0].header, entries), lambda: None)
-    commit.commit(8, plan, [written], {"state": manifest["state"], "model": manifest["model"] | {"config": {}}})
-
-    def peak(run: Path, output: Path) -> float:
-        """Return the MiB that rewriting, comparing and scanning took at most."""
-        commands = (["reshape", run, "--output", output, "--ranks", 1], ["diff", run, output, "--tensors"],
-                    ["verify", output, "--nan-scan"])  # fmt: skip
-        peaks = []
-        for arguments in commands:
-            process = subprocess.Popen(
-                tiny.command("checkpoint", *arguments), env=tiny.environment(), stdout=subprocess.DEVNULL
-            )
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            assert process.returncode == 0, arguments
-            peaks.append(usage.ru_maxrss / 1024)
-        return max(peaks)
-
-    assert peak(big, tmp_path / "out") < peak(world / "runs/tiny", tmp_path / "small") + 150
+    write_large(tmp_path / "big", world / "runs/tiny")
+    assert peak(tmp_path / "big", tmp_path / "out") < peak(world / "runs/tiny", tmp_path / "small") + 150
 
 
 @pytest.mark.usefixtures("untouched")

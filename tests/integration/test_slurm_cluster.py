@@ -209,7 +209,7 @@ def test_submit_and_status(slurm_cluster, tmp_path):
         "from trainer.launch.submit import submit, write_script\n"
         "from trainer.launch.status import collect\nfrom trainer.launch.status_text import describe\n"
         "run = Path(sys.argv[1])\n"
-        "print(submit(write_script(run, Path(sys.argv[2]).read_text())))\n"
+        "print(submit(write_script(run, Path(sys.argv[2]).read_text()), print))\n"
         "print(describe(collect(run)))\n"
     )
     script = tmp_path / "rendered.sbatch"

@@ -111,15 +111,84 @@ def test_forgotten_job_without_accounts(slurm):
     assert [call.split()[0] for call in slurm.calls()] == ["squeue", "squeue", "scontrol", "sacct"]
 
 
-def test_controller_that_does_not_answer_is_asked_once(slurm, monkeypatch, tmp_path):
+def record(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "jobs.json").write_text('{"jobs": [{"id": "7"}]}')
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["squeue refuses the id", "squeue prints nothing"])
+def test_forgotten_job_where_squeue_knows_no_json(slurm, tmp_path, known):
+    write_squeue(tmp_path, "echo \"squeue: unrecognized option '--json'\" >&2; exit 1")
+    if known:
+        slurm("scontrol", code=1, error="Access denied")
+        slurm("sacct", code=1, error="no")
+        write_squeue(tmp_path, "echo \"squeue: unrecognized option '--json'\" >&2; exit 1", "exit 0")
+    else:
+        slurm("sacct", code=1, error="Slurm accounting storage is disabled")
+    assert ask_queue(["7"]) == Queue()
+    record(tmp_path)
+    assert "no longer in the queue" in describe(collect(tmp_path))
+    said: list[str] = []
+    cancel(tmp_path, now=False, whole_sweep=False, say=said.append)
+    assert said == [f"nothing to cancel: all jobs of {tmp_path} are over"]
+
+
+def write_squeue(tmp_path, json_line, line="echo Invalid job id specified >&2; exit 1"):
+    text = f'#!/bin/sh\ncase "$*" in *--json*) {json_line};; *) {line};; esac\n'
+    (tmp_path / "bin" / "squeue").write_text(text)
+
+
+def test_json_of_all_jobs_that_takes_too_long(slurm, monkeypatch, tmp_path):
+    monkeypatch.setattr("trainer.launch.slurm_commands._ASK_SECONDS", 1.0)
+    write_squeue(tmp_path, "exec sleep 30", "echo '7|RUNNING|None|N/A|N/A|node1|me'")
+    found = ask_queue(["7"])
+    assert ([job.state for job in found.jobs], found.note) == (["RUNNING"], None)
+
+
+@pytest.mark.parametrize("changes", [
+    {"job_state": []}, {"start_time": 2**64 - 2, "end_time": {"set": True, "infinite": False, "number": 2**64 - 2}},
+])  # fmt: skip
+def test_answer_that_is_odd_is_shown_all_the_same(slurm, tmp_path, changes):
+    row = "7|RUNNING|None|N/A|N/A|node1|me\n"
+    slurm("squeue", row, json_answer=json.dumps({"jobs": [{**OLD, **changes}]}))
+    record(tmp_path)
+    lines = describe(collect(tmp_path)).splitlines()
+    assert lines[-1].split()[:4] == ["7", "RUNNING", "-", "-"]
+
+
+ALIVE = {
+    "PENDING": "ended", "REQUEUE_HOLD": "ended", "REQUEUE_FED": "ended", "RESV_DEL_HOLD": "ended",
+    "SPECIAL_EXIT": "ended", "LAUNCH_FAILED": "ended", "RUNNING": "asked", "SIGNALING": "asked", "STAGE_OUT": "asked",
+    "RESIZING": "asked", "COMPLETING": "asked", "OF_A_LATER_RELEASE": "asked",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", ALIVE)
+def test_job_that_is_held_or_alive_is_cancelled(slurm, tmp_path, state):
+    slurm("squeue", json_answer=json.dumps({"jobs": [{**OLD, "user_name": "", "job_state": state}]}))
+    slurm("scancel")
+    record(tmp_path)
+    done = cancel(tmp_path, now=False, whole_sweep=False, say=print)
+    assert getattr(done, ALIVE[state]) == ["7"]
+    assert len(done.ended) + len(done.asked) == 1
+
+
+@pytest.mark.parametrize("state", ["COMPLETED", "CANCELLED", "OUT_OF_MEMORY", "NODE_FAIL", "REVOKED"])
+def test_job_that_is_over_is_not_cancelled(slurm, tmp_path, state):
+    slurm("squeue", json_answer=json.dumps({"jobs": [{**OLD, "user_name": "", "job_state": state}]}))
+    record(tmp_path)
+    done = cancel(tmp_path, now=False, whole_sweep=False, say=print)
+    assert (done.ended, done.asked) == ([], [])
+
+
+def test_controller_that_does_not_answer_is_asked_no_more(slurm, monkeypatch, tmp_path):
     monkeypatch.setattr("trainer.launch.slurm_commands._ASK_SECONDS", 0.5)
     slurm("squeue", wait=30)
     found = ask_queue(["7"])
     assert found.jobs == ()
     assert "did not answer" in (found.note or "")
-    assert len(slurm.calls()) == 1
-    (tmp_path / "slurm").mkdir()
-    (tmp_path / "slurm" / "jobs.json").write_text('{"jobs": [{"id": "7"}]}')
+    assert len(slurm.calls()) == 2, "--json, and the lines that are quicker"
+    record(tmp_path)
     assert "unknown (squeue did not answer" in describe(collect(tmp_path))
     with pytest.raises(TrainerError, match="nothing was cancelled"):
         cancel(tmp_path, now=True, whole_sweep=False, say=print)

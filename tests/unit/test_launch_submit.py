@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 
 from trainer.cli.submit import submit
 from trainer.config.load import load_recipe
 from trainer.core.control_file import control_path, new_command, write_command
-from trainer.core.errors import RefusedError
+from trainer.core.errors import RefusedError, TrainerError
 from trainer.core.status_file import write_status
 from trainer.launch import submit as submitting
 from trainer.launch.hub_files import cache_of_jobs, not_cached
@@ -161,7 +162,7 @@ def test_stop_that_nobody_saw_does_not_end_what_is_submitted_later(program, reci
     submit(recipe, [])
     directory = recipe.parent / "runs" / "tiny"
     write_command(directory, new_command("stop", who="ada@login"))
-    for state in ("RUNNING", "REQUEUED", "PENDING"):
+    for state in ("RUNNING", "REQUEUED", "PENDING", "REQUEUE_HOLD"):
         queued(program, state)
         submit(recipe, [])
         assert control_path(directory).exists(), f"it is meant for the job that is {state}"
@@ -256,14 +257,17 @@ def test_cache_in_a_container_is_looked_for_where_it_is_mounted_from(recipe):
     assert cache_of_jobs(loaded, {}) == Path("/data/hf/x/hub")
 
 
+def write_cached(hub: Path, repository: str, files: dict[str, str]) -> None:
+    commit, folder = "a" * 40, hub / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    for name, text in files.items():
+        (folder / "snapshots" / commit / name).write_text(text)
+
+
 def test_files_in_the_submitters_cache_do_not_count_for_jobs_that_read_another(recipe, tmp_path):
-    snapshot = tmp_path / "job" / "hub" / "models--org--small"
-    (snapshot / "refs").mkdir(parents=True)
-    (snapshot / "refs" / "main").write_text("a" * 40)
-    files = snapshot / "snapshots" / ("a" * 40)
-    files.mkdir(parents=True)
-    for name in ("config.json", "model.safetensors"):
-        (files / name).write_text("{}")
+    write_cached(tmp_path / "job" / "hub", "org/small", {"config.json": "{}", "model.safetensors": "{}"})
     wanted = ["model={path: org/small}"]
     (problem,) = not_cached(load_recipe(recipe, [*wanted, f"launch.slurm.environment.HF_HOME={tmp_path / 'empty'}"]))
     assert f"({tmp_path}/empty/hub, by launch.slurm.environment)" in problem.rule
@@ -280,3 +284,59 @@ def test_script_alone_says_what_a_job_is(program, tmp_path, monkeypatch):
         script.write_text(f"#!/bin/bash\n{options}\n")
         assert submit_script(script) == "7"
         assert (tmp_path / "seen").read_text().strip() == seen
+
+
+def test_weights_of_every_task_of_a_sweep_must_be_in_the_cache(program, recipe, tmp_path):
+    hub = tmp_path / "job" / "hub"
+    config = json.dumps(yaml.safe_load(recipe.read_text())["model"]["config"])
+    write_cached(hub, "org/one", {"config.json": config, "model.safetensors": "{}"})
+    write_cached(hub, "org/two", {"config.json": config})
+    settings = ["model.config=null", f"launch.slurm.environment.HF_HOME={tmp_path / 'job'}"]
+    axes = ["model.path=org/one,org/two", "run.seed=1,2"]
+    with pytest.raises(RefusedError, match=r"'org/two': is in the cache without model\.safetensors.*2 of 4 tasks"):
+        submit(recipe, settings, sweep=axes)
+    assert not (recipe.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    ({"dry_run": True}, "--dry-run"), ({"nodes": 2, "time": "1:00"}, "--nodes, --time"), ({"chain": 3}, "--chain"),
+    ({"sweep": RATES}, "--sweep"), ({"singleton": True}, "--singleton"), ({"max_running": 1}, "--max-running"),
+])  # fmt: skip
+def test_probe_refuses_the_options_of_a_run(program, tmp_path, options, named):
+    program("srun", f"touch {tmp_path}/ran")
+    with pytest.raises(RefusedError, match=f"of its own, without {named} →"):
+        submit(probe=True, output=tmp_path / "site.yaml", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin"]
+
+
+def test_output_without_probe_is_refused(program, recipe):
+    with pytest.raises(RefusedError, match="--output says where --probe writes"):
+        submit(recipe, [], output=Path("site.yaml"))
+
+
+@pytest.mark.parametrize("chain", [None, 2])
+def test_id_of_a_job_that_can_not_be_recorded_is_printed(program, recipe, capsys, chain):
+    (recipe.parent / "runs" / "tiny" / "slurm" / "jobs.json").mkdir(parents=True)
+    submit(recipe, [], chain=chain)
+    said = capsys.readouterr()
+    assert said.out.split() == ["7"] * (chain or 1)
+    assert "jobs.json: Is a directory: job 7 is queued" in said.err
+
+
+def test_silent_sbatch_may_have_queued_the_job(program, recipe, monkeypatch):
+    program("sbatch", "exec sleep 30")
+    monkeypatch.setattr("trainer.launch.slurm_commands._SUBMIT_SECONDS", 0.2)
+    with pytest.raises(TrainerError, match="the job may be queued: look with squeue --me"):
+        submit(recipe, [])
+    assert list((recipe.parent / "runs" / "tiny" / "slurm").glob("*.sbatch"))
+
+
+def test_options_of_a_profile_can_be_undone(program, recipe, tmp_path, capsys):
+    site = tmp_path / "site.yaml"
+    site.write_text("sbatch_options: {exclusive: true, nice: 100}\n")
+    undone = ["launch.slurm.sbatch_options.exclusive=false"]
+    for overrides, there in (([], ["#SBATCH --exclusive"]), (undone, [])):
+        submit(recipe, overrides, profile=str(site), dry_run=True)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if line.startswith("#SBATCH --exclusive")] == there
+        assert "#SBATCH --nice=100" in lines

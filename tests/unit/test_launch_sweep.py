@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from trainer.cli.main import app
 from trainer.config.load import read_mapping
+from trainer.core.control_file import new_command
 from trainer.core.errors import Problem, RecipeError, RefusedError
+from trainer.launch.control import ask_run
 from trainer.launch.finished import finished_since_submission
 from trainer.launch.slurm import LaunchPlan, render
 from trainer.launch.submit import dependency, recorded_jobs
@@ -132,6 +134,14 @@ def test_a_run_of_a_sweep_has_a_task_of_each_array(tmp_path):
     assert recorded_jobs(tmp_path) == ["7", "9"]
     assert recorded_jobs(tmp_path / "n-0002") == ["7_2", "9_2"]
     assert recorded_jobs(tmp_path / "other") == []
+
+
+@pytest.mark.parametrize("action", ["stop", "save"])
+def test_a_sweep_is_asked_run_by_run(tmp_path, action):
+    write_sweep(tmp_path, Sweep("r", [], [Task(1, "n-0001", {}), Task(2, "n-0002", {})]))
+    with pytest.raises(RefusedError, match=r"is a sweep of 2 runs → name one, e\.g\. .*/n-0001, or .*cancel --all"):
+        ask_run(tmp_path, new_command(action), wait_seconds=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
 
 
 def test_done_counts_for_jobs_that_were_submitted_before(tmp_path):

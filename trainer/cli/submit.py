@@ -11,6 +11,8 @@ import typer
 
 if TYPE_CHECKING:
     from trainer.config.run import Recipe
+    from trainer.core.errors import Problem
+    from trainer.launch.hub_files import Wanted
     from trainer.launch.profile import Profile
     from trainer.launch.slurm import LaunchPlan
 
@@ -60,8 +62,15 @@ def submit(
     from trainer.launch.submit import dependency
 
     if probe:
-        _probe(profile, output, recipe, overrides)
+        others = {
+            "--nodes": nodes, "--gpus-per-node": gpus_per_node, "--time": time, "--dry-run": dry_run or None,
+            "--chain": chain, "--array": array, "--after": after, "--singleton": singleton or None,
+            "--sweep": sweep or None, "--max-running": max_running,
+        }  # fmt: skip
+        _probe(profile, output, recipe, overrides, [name for name, value in others.items() if value is not None])
         return
+    if output is not None:
+        raise RefusedError("--output says where --probe writes → add --probe, or remove it")
     if recipe is None:
         raise typer.BadParameter("give a recipe, or --probe", param_hint="RECIPE")
     if sum((chain is not None, array is not None, bool(sweep))) > 1:
@@ -80,16 +89,13 @@ def submit(
 
 def _plan(recipe: Path, settings: list[str], site: Profile | None, tasks: int | None) -> tuple[Recipe, LaunchPlan]:
     from trainer.config.deepspeed_json import builds_operations
-    from trainer.core.errors import RecipeError
-    from trainer.launch.hub_files import not_cached
     from trainer.launch.slurm import plan
     from trainer.preflight.check import prepare
 
     # launch.launcher=slurm: at the size that SLURM is asked for
     prepared = prepare(recipe, settings, None, site.under if site else None)
     checked = prepared.recipe
-    if not checked.launch.slurm.online and (problems := not_cached(checked)):
-        raise RecipeError(problems, title=f"{recipe} refused")
+    _refuse_not_cached(recipe, checked, {})
     shared = settings + (site.for_ranks(checked.launch.slurm) if site else [])
     return checked, plan(
         checked,
@@ -101,6 +107,20 @@ def _plan(recipe: Path, settings: list[str], site: Profile | None, tasks: int | 
         run_directory=Path(os.path.abspath(checked.run.directory)),
         array=f"1-{tasks}%1" if tasks is not None else None,
     )
+
+
+def _refuse_not_cached(recipe: Path, checked: Recipe, known: dict[tuple[Wanted, ...], list[Problem]]) -> None:
+    """Raise RecipeError where jobs have no internet and would miss files. ``known`` keeps what was looked for."""
+    from trainer.core.errors import RecipeError
+    from trainer.launch.hub_files import not_cached, wanted
+
+    if checked.launch.slurm.online:
+        return
+    repositories = tuple(wanted(checked))
+    if repositories not in known:
+        known[repositories] = not_cached(checked)
+    if known[repositories]:
+        raise RecipeError(known[repositories], title=f"{recipe} refused")
 
 
 def _submit_sweep(
@@ -120,8 +140,10 @@ def _submit_sweep(
     first = [f"{key}={_yaml(among[0])}" for key, among in values.items()]
     under = site.under if site else None
 
+    looked_for: dict[tuple[Wanted, ...], list[Problem]] = {}
+
     def check(overrides: list[str]) -> None:
-        prepare(recipe, overrides, None, under)
+        _refuse_not_cached(recipe, prepare(recipe, overrides, None, under).recipe, looked_for)
 
     try:
         checked, plan = _plan(recipe, [*settings, *first], site, None)
@@ -175,23 +197,31 @@ def _hand_over(
     refuse_stopped([plan.run_directory])
     path = write_script(plan.run_directory, script, checked.run.group_access)
     for directory in directories:  # before a job can start, which would end by it
-        withdraw_stale_stop(directory, lambda text: typer.echo(text, err=True))
+        withdraw_stale_stop(directory, _say)
     if plan.array is None:
-        ids = submit_chain(path, jobs, waits_for)
+        ids = submit_chain(path, jobs, _say, first=waits_for)
     else:
-        ids = [submit_job(path, dependency=waits_for, array=plan.array)]
+        ids = [submit_job(path, _say, dependency=waits_for, array=plan.array)]
     for job_id in ids:
         typer.echo(job_id)
     typer.echo(f"submitted {path}; follow it with: trainer status {checked.run.directory}", err=True)
 
 
-def _probe(profile: str | None, output: Path | None, recipe: Path | None, overrides: list[str] | None) -> None:
+def _probe(
+    profile: str | None, output: Path | None, recipe: Path | None, overrides: list[str] | None, others: list[str]
+) -> None:
     from trainer.core.errors import RefusedError
     from trainer.launch.probe import probe_site
 
     if recipe is not None or overrides:
         raise RefusedError("--probe takes no recipe → give --profile NAME or --output FILE, or neither")
-    raise typer.Exit(probe_site(profile, output, os.environ, lambda text: typer.echo(text, err=True)))
+    if others:
+        raise RefusedError(f"--probe runs a short job of its own, without {', '.join(others)} → remove one of the two")
+    raise typer.Exit(probe_site(profile, output, os.environ, _say))
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _python(checked: Recipe) -> str:

@@ -52,7 +52,8 @@ class SlurmConfig(Section):
     mail_user: str | None = None
     """Address of that mail."""
     sbatch_options: dict[str, str | int | bool] = Field(default_factory=dict[str, str | int | bool])
-    """More options of sbatch, from a list of allowed ones; ``true`` for an option without a value."""
+    """More options of sbatch, from a list of allowed ones; ``true`` for an option without a value, ``false`` to undo
+    that of a profile."""
     modules: tuple[str, ...] = ()
     """Environment modules to load, in this order."""
     end_seconds: int = Field(default=120, ge=1)

@@ -101,7 +101,7 @@ def _options(options: Mapping[str, Any]) -> Iterable[Problem]:
         key = f"launch.slurm.sbatch_options.{name}"
         if name not in SBATCH_OPTIONS:
             yield Problem(key, value, "is not among the sbatch options that may be added", option_fix(name))
-        elif value is not True and not _OPTION_VALUE.fullmatch(str(value)):
+        elif not isinstance(value, bool) and not _OPTION_VALUE.fullmatch(str(value)):
             rule = "has characters that may not be written into an #SBATCH line"
             yield Problem(key, value, rule, "use letters, digits and the signs that sbatch(1) names for it")
 

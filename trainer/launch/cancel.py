@@ -44,13 +44,13 @@ def cancel(run_directory: Path, *, now: bool, whole_sweep: bool, say: Callable[[
         raise TrainerError(f"nothing was cancelled: {queue.note}")
     jobs = [job for job in queue.of(ids) if not job.ended]
     ours = [job for job in jobs if job.user in (None, user_name())]
-    ending = [job for job in ours if now or job.state == "PENDING"]
+    ending = [job for job in ours if now or job.waits]
     asked = [job for job in ours if job not in ending]
     foreign = [job for job in jobs if job not in ours]
     if ending:
         cancel_jobs([job.id for job in ending])
     for job in ending:
-        say(f"{job.id}: {'out of the queue' if job.state == 'PENDING' else 'ends, saves as far as KillWait lets it'}")
+        say(f"{job.id}: {'out of the queue' if job.waits else 'ends, saves as far as KillWait lets it'}")
     for job in asked:
         _ask_to_stop(directories.get(job.id.partition("_")[2], run_directory))
         say(f"{job.id}: asked to save and stop, which takes up to two steps and a save; --now ends it at once")

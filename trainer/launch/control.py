@@ -11,6 +11,7 @@ from trainer.core.control_file import Command, stop_path, withdraw_command, writ
 from trainer.core.errors import Problem, RefusedError
 from trainer.core.run_lock import holder
 from trainer.core.status_file import read_status
+from trainer.launch.sweep_file import read_sweep
 
 _POLL_SECONDS = 0.2
 _LIVE_SECONDS = 2.0
@@ -69,6 +70,10 @@ def noted(run_directory: Path) -> str:
 def _refuse_if_none_runs(run_directory: Path) -> None:
     if not run_directory.is_dir():
         raise RefusedError(f"{run_directory} is not a directory → give the run.directory of a recipe")
+    sweep = read_sweep(run_directory)
+    if sweep is not None:
+        fix = f"name one, e.g. {run_directory / sweep.tasks[0].name}, or end all: trainer cancel --all"
+        raise RefusedError(f"{run_directory} is a sweep of {len(sweep.tasks)} runs → {fix}")
     if holder(run_directory) is None:
         rule = "no run is running here: nobody would answer"
         fix = f"touch {stop_path(run_directory)} to keep it from starting"

@@ -12,6 +12,7 @@ from typing import Any, cast
 from trainer.launch.slurm_commands import (
     SlurmCommandError,
     SlurmRefusedError,
+    SlurmTimeoutError,
     accounted_jobs,
     queue_json,
     queue_lines,
@@ -21,10 +22,23 @@ from trainer.launch.slurm_commands import (
 _NOTHING = ("", "N/A", "(null)", "None", "Unknown", "n/a")
 _TASKS = re.compile(r"([0-9]+)(?:-([0-9]+)(?::([0-9]+))?)?")
 _MAXIMUM_TASKS = 10_000
-_UNKNOWN = re.compile(r"Invalid job id|disabled|not running a supported")
-"""The job is forgotten, or there are no accounts: nothing is wrong."""
+_FORGOTTEN = re.compile(r"Invalid job id", re.IGNORECASE)
+"""The controller knows no such job (any more): that is an answer."""
+_NO_ACCOUNTS = re.compile(r"disabled|not running a supported")
 _AWAY = re.compile(r"Unable to contact|connect failure|Connection refused|timed out", re.IGNORECASE)
 """The controller is away: each further command would wait for it too."""
+_LARGEST_TIME = 2**33
+"""Of a time, in seconds since 1970: SLURM writes the largest numbers it has for "none" and "infinite"."""
+
+WAITING = frozenset(
+    ("PENDING", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT", "LAUNCH_FAILED")
+)  # fmt: skip
+"""In the queue or held there. A job whose launch failed is put back and held."""
+FINAL = frozenset(
+    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+     "TIMEOUT")
+)  # fmt: skip
+"""Over. Any other state, also of a later release, is taken for alive: SIGNALING, STAGE_OUT, RESIZING..."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +63,12 @@ class Job:
     @property
     def ended(self) -> bool:
         """Whether it is over: not waiting, running, or on its way between the two."""
-        return self.state not in ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "STOPPED")
+        return self.state in FINAL
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is in the queue, or held there."""
+        return self.state in WAITING
 
 
 @dataclass(frozen=True)
@@ -66,26 +85,36 @@ class Queue:
 
 
 def ask_queue(ids: Sequence[str]) -> Queue:
-    """Return what SLURM knows of jobs. Nothing is raised; after one command that does not answer no other is tried."""
+    """Return what SLURM knows of jobs. Nothing is raised.
+
+    After a command that does not answer no other is tried, but for ``squeue --json``, which in some releases prints all
+    jobs of the cluster.
+    """
     found: list[Job] = []
     notes: list[str] = []
+    controller, answered = (_from_lines, _from_scontrol), False
     for ask in (_from_json, _from_lines, _from_scontrol, _from_accounts):
         missing = [job_id for job_id in ids if not any(_belongs(job, job_id) for job in found)]
         if not missing:
             break
         try:
             found += [job for job in ask(missing) if any(_belongs(job, job_id) for job_id in missing)]
+            answered = answered or ask in controller
         except SlurmRefusedError as error:
-            if not _UNKNOWN.search(str(error)):
+            if _FORGOTTEN.search(str(error)):
+                answered = answered or ask in controller
+            elif not _NO_ACCOUNTS.search(str(error)):
                 notes.append(str(error))
             if _AWAY.search(str(error)):
                 break
         except SlurmCommandError as error:
             notes.append(str(error))
-            break
-        except (ValueError, TypeError, KeyError, AttributeError):
+            if not (ask is _from_json and isinstance(error, SlurmTimeoutError)):
+                break
+        except (ValueError, TypeError, LookupError, AttributeError):
             continue  # a release whose answer has another shape: the next command has a simpler one
-    return Queue(tuple(found), notes[0] if notes and not found else None)
+    # A job that the controller does not know is over, whatever another command said.
+    return Queue(tuple(found), notes[0] if notes and not found and not answered else None)
 
 
 def _belongs(job: Job, job_id: str) -> bool:
@@ -113,8 +142,8 @@ def _json_jobs(fields: Mapping[str, Any], own: str, array: int | None) -> list[J
         # A list in newer releases: the state, and flags such as COMPLETING or REQUEUED.
         state=str(cast("list[object]", state)[0] if isinstance(state, list) else state),
         reason=_text(fields.get("state_reason")),
-        start_unix=_number(fields.get("start_time")) or None,
-        end_unix=_number(fields.get("end_time")) or None,
+        start_unix=_unix(fields.get("start_time")),
+        end_unix=_unix(fields.get("end_time")),
         nodes=_text(fields.get("nodes")),
         restarts=_number(fields.get("restart_cnt")),
         user=_text(fields.get("user_name")),
@@ -196,6 +225,11 @@ def _number(value: object) -> int | None:
         fields = cast("dict[str, Any]", value)
         value = fields.get("number") if fields.get("set") and not fields.get("infinite") else None
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _unix(value: object) -> int | None:
+    number = _number(value)
+    return number if number is not None and 0 < number < _LARGEST_TIME else None
 
 
 def _text(value: object) -> str | None:

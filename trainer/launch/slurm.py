@@ -238,7 +238,8 @@ def _directives(plan: LaunchPlan) -> list[str]:
         ("signal", f"{signal_target(plan)}USR1@{plan.signal_seconds}"),
     ]
     lines = [f"{name}={value}" for name, value in options if value is not None]
-    lines += [name if value is True else f"{name}={value}" for name, value in plan.sbatch_options.items()]
+    given = {name: value for name, value in plan.sbatch_options.items() if value is not False}
+    lines += [name if value is True else f"{name}={value}" for name, value in given.items()]
     # Without append SLURM empties the output file at every requeue.
     return [*lines, "requeue", "open-mode=append"]
 

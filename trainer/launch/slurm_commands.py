@@ -38,6 +38,10 @@ class SlurmCommandError(TrainerError):
     """A SLURM command is missing, refused, or did not answer."""
 
 
+class SlurmTimeoutError(SlurmCommandError):
+    """There was no answer in time."""
+
+
 class SlurmRefusedError(SlurmCommandError):
     """The controller answered, and said no."""
 
@@ -48,10 +52,16 @@ def is_job_id(text: str) -> bool:
 
 
 def submit_script(script: Path, dependency: str | None = None) -> str:
-    """Hand ``script`` to sbatch and return the job id. Raises SlurmCommandError."""
+    """Hand ``script`` to sbatch and return the job id. Raises SlurmCommandError.
+
+    After a SlurmTimeoutError the job may be in the queue.
+    """
     options = [f"--dependency={dependency}"] if dependency else []
     dropped = _overriding(script.read_text(encoding="utf-8"))
-    answer = _run(["sbatch", "--parsable", *options, str(script)], _SUBMIT_SECONDS, without=dropped)
+    try:
+        answer = _run(["sbatch", "--parsable", *options, str(script)], _SUBMIT_SECONDS, without=dropped)
+    except SlurmTimeoutError as error:
+        raise SlurmTimeoutError(f"{error} → the job may be queued: look with squeue --me") from error
     job_id = answer.strip().split("\n")[-1].split(";")[0]  # "id;cluster" on a federation
     if not is_job_id(job_id):
         raise SlurmCommandError(f"sbatch answered {answer.strip()!r} instead of a job id")
@@ -175,7 +185,7 @@ def queue_lines(job_ids: Sequence[str]) -> str:
 def show_jobs(job_ids: Sequence[str]) -> str:
     """Return what ``scontrol show job`` says of the jobs it knows, a line each. Raises SlurmCommandError."""
     lines: list[str] = []
-    for job_id in job_ids[:_MAXIMUM_SHOWN]:
+    for job_id in job_ids[-_MAXIMUM_SHOWN:]:  # the newest: what is alive is among them
         try:
             lines.append(_run(["scontrol", "show", "job", "-o", _checked(job_id)], _ASK_SECONDS))
         except SlurmRefusedError as error:
@@ -340,7 +350,7 @@ def _run(
             f"{command[0]} is not installed here: run this on a login node of the cluster"
         ) from None
     except subprocess.TimeoutExpired:
-        raise SlurmCommandError(f"{command[0]} did not answer within {seconds:.0f} s: is the controller up?") from None
+        raise SlurmTimeoutError(f"{command[0]} did not answer within {seconds:.0f} s: is the controller up?") from None
     if done.returncode != 0:
         said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
         raise SlurmRefusedError(f"{command[0]} refused: {said}")

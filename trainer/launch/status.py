@@ -168,8 +168,8 @@ def _collect(run_directory: Path, ids: list[str], queue: Queue) -> RunStatus | N
 
 def _current(jobs: list[Job]) -> Job | None:
     """Return the job that runs, else the first that waits, else the newest."""
-    running = [job for job in jobs if not job.ended and job.state != "PENDING"]
-    waiting = [job for job in jobs if job.state == "PENDING"]
+    running = [job for job in jobs if not job.ended and not job.waits]
+    waiting = [job for job in jobs if job.waits]
     return next(iter([*running, *waiting, *reversed(jobs)]), None)
 
 

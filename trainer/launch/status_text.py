@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from trainer.core.units import format_count, format_duration
-from trainer.launch.queue import Job
+from trainer.launch.queue import WAITING, Job
 from trainer.launch.status import Failure, RunStatus, SweepStatus
 from trainer.telemetry.goodput import split_text
 
@@ -59,8 +59,10 @@ def describe_sweep(status: SweepStatus) -> str:
 
 
 def _short_state(run: RunStatus) -> str:
-    if run.state is None or run.job_state == "PENDING":
-        return "waiting" if run.job_state == "PENDING" else "not started"
+    if run.job_state in WAITING:
+        return "waiting"
+    if run.state is None:
+        return "not started"
     return run.state
 
 
@@ -100,12 +102,11 @@ def _failure_rows(failure: Failure) -> list[tuple[str, str | None]]:
 def _job_table(jobs: Sequence[Job]) -> list[str]:
     rows = [["SLURM job", "state", "why", "since / expected", "time left", "restarts", "nodes"]]
     for job in jobs:
-        waits = job.state == "PENDING"
         left = "-"
         if job.state == "RUNNING" and job.end_unix is not None:
             left = format_duration(max(0.0, job.end_unix - time.time()))
         start = _clock(job.start_unix) if job.start_unix is not None else "-"
-        why = job.reason or "-" if waits or (job.ended and job.state != "CANCELLED") else "-"
+        why = job.reason or "-" if job.waits or (job.ended and job.state != "CANCELLED") else "-"
         rows.append([job.id, job.state, why, start, left, _dash(job.restarts), job.nodes or "-"])
     return _table(rows)
 

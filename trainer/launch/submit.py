@@ -9,7 +9,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,12 +84,14 @@ def write_script(run_directory: Path, text: str, group: GroupAccess = "none") ->
     raise RefusedError(f"{directory} holds too many scripts → remove old ones")
 
 
-def submit(script_path: Path, *, dependency: str | None = None, array: str | None = None) -> str:
+def submit(
+    script_path: Path, say: Callable[[str], None], *, dependency: str | None = None, array: str | None = None
+) -> str:
     """Submit a script of `write_script`, record the job beside it in jobs.json, and return its id.
 
     ``dependency`` is what sbatch --dependency takes; ``array`` is recorded. Raises RefusedError when SLURM refuses the
     job (its script is removed again, unless another job has it), SlurmCommandError when sbatch gave no clear answer
-    (the script stays: the job may have been queued).
+    (the script stays: the job may have been queued). ``say`` is told of a job that is queued and can't be recorded.
     """
     directory = script_path.parent
     try:
@@ -100,7 +102,11 @@ def submit(script_path: Path, *, dependency: str | None = None, array: str | Non
         raise RefusedError(str(error)) from error
     job = {"id": job_id, "script": script_path.name, "submitted_unix": time.time()}
     job |= {name: text for name, text in (("dependency", dependency), ("array", array)) if text is not None}
-    _record_job(directory, job)
+    try:
+        _record_job(directory, job)
+    except OSError as error:  # the job is queued all the same
+        unknown = "trainer status and cancel will not know it"
+        say(f"{directory / _JOBS_NAME}: {error.strerror}: job {job_id} is queued, but {unknown} → scancel {job_id}")
     return job_id
 
 
@@ -117,7 +123,7 @@ def dependency(after: str | None, *, singleton: bool = False) -> str | None:
     return ",".join([*parts, *(["singleton"] if singleton else [])]) or None
 
 
-def submit_chain(script_path: Path, jobs: int, first: str | None = None) -> list[str]:
+def submit_chain(script_path: Path, jobs: int, say: Callable[[str], None], *, first: str | None = None) -> list[str]:
     """Submit a script ``jobs`` times, each job after the end of the one before, and return their ids.
 
     ``first`` is what the first one waits for. Raises as `submit`; jobs that are in the queue by then stay there, and
@@ -127,7 +133,7 @@ def submit_chain(script_path: Path, jobs: int, first: str | None = None) -> list
     waits_for = first
     for _ in range(jobs):
         try:
-            ids.append(submit(script_path, dependency=waits_for))
+            ids.append(submit(script_path, say, dependency=waits_for))
         except TrainerError as error:
             if not ids:
                 raise
