@@ -358,23 +358,30 @@ def test_rest_of_a_chain_does_not_try_what_was_given_up(
 
 
 @pytest.mark.parametrize(
-    ("status", "failed", "final"),
+    ("status", "retryable", "final"),
     [
-        ({"state": "stopped", "exit_code": 75, "requeue": False}, False, True),
-        ({"state": "running", "requeue": False}, False, True),
-        ({"state": "failed", "exit_code": 93}, False, True),
-        ({"state": "failed", "exit_code": 2}, False, False),
+        ({"state": "stopped", "exit_code": 75, "requeue": False}, True, True),
+        ({"state": "running", "requeue": False}, True, True),
+        ({"state": "failed", "exit_code": 93}, True, True),
+        ({"state": "failed", "exit_code": 2}, True, False),
         ({"state": "running"}, True, False),
+        ({"state": "running"}, False, True),
     ],
-    ids=["person", "person, and died", "gave up", "refused", "failed"],
+    ids=["person", "person, and died", "gave up", "refused", "failed", "would fail again"],
 )
 def test_rest_of_a_chain_ends_with_the_run(
-    tmp_path: Path, submitted: Any, monkeypatch: pytest.MonkeyPatch, status: dict[str, Any], failed: bool, final: bool
+    tmp_path: Path,
+    submitted: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    status: dict[str, Any],
+    retryable: bool,
+    final: bool,
 ) -> None:
     Slurm(monkeypatch)
     first, second = submitted("17", time.time() - 60), submitted("18", time.time() - 60)
     assert requeue.begin(tmp_path, first) == 0
     write_status(tmp_path, status)
+    (tmp_path / "failure.json").write_text(json.dumps({"retryable": retryable, "time_unix": time.time()}))
     settle(tmp_path, int(status.get("exit_code", 1)), first)
     assert (requeue.begin(tmp_path, second) == 93) == final
     assert requeue.begin(tmp_path, submitted("19", time.time() + 60)) == 0
