@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,39 @@ def test_array_drains_once_the_run_is_done(slurm_cluster, closed, recipe):
     again = slurm_cluster.run([*TRAINER, "submit", "recipe.yaml", setup], cwd=recipe.parent)
     assert again.returncode == 0, again.stderr
     slurm_cluster.wait_for(run_directory / "started")
+
+
+@pytest.mark.parametrize("how", [["--chain", "3"], ["--array", "3"]], ids=["chain", "array"])
+def test_rest_of_a_chain_ends_with_a_persons_stop(slurm_cluster, closed, recipe, how):
+    """The save that was asked for fails: the job stays ended, and those after it start no ranks."""
+    run_directory = recipe.parent / "runs" / "tiny"
+    # Stands for the ranks: what they write when they accept the stop, then death.
+    (recipe.parent / "ranks.sh").write_text(
+        "srun() {\n"
+        "  echo x >> runs/tiny/started\n"
+        """  echo '{"state": "running", "requeue": false, "updated_unix": '"$(date +%s)"'}' > runs/tiny/status.json\n"""
+        "  return 137\n"
+        "}\n"
+    )
+    (run_directory / "slurm").mkdir(parents=True)
+    (run_directory / "slurm" / "excluded_nodes.json").write_text(
+        json.dumps({"nodes": [{"host": "node2", "count": 1, "reason": "failed", "job": "1", "time_unix": time.time()}]})
+    )
+    arguments = ["recipe.yaml", *how, "launch.slurm.setup=['source ranks.sh']", "launch.slurm.gpus_per_node=0"]
+    done = slurm_cluster.run([*TRAINER, "submit", *arguments], cwd=recipe.parent)
+    assert done.returncode == 0, done.stderr
+    assert "left out, since the run failed on them lately: node2" in done.stderr
+    jobs = done.stdout.split()
+    if how[0] == "--array":
+        jobs = [f"{jobs[0]}_{task}" for task in (1, 2, 3)]
+    assert slurm_cluster.fields(jobs[0])["ExcNodeList"] == "node2"
+    slurm_cluster.run(["scontrol", "update", "partition=main", "state=up"])
+    assert [slurm_cluster.wait(job) for job in jobs] == ["FAILED"] * 3
+    assert [slurm_cluster.fields(job)["ExitCode"] for job in jobs] == ["1:0", "93:0", "93:0"]
+    assert (run_directory / "started").read_text() == "x\n"
+    for job in jobs[1:]:
+        log = (run_directory / "logs" / f"slurm-{job}.out").read_text()
+        assert "gave up (a person asked the run to stop" in log
 
 
 def test_running_job_is_asked_to_save_or_ended_now(slurm_cluster, recipe):

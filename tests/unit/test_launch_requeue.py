@@ -18,6 +18,7 @@ from trainer.launch import job_end, requeue, restart_record
 from trainer.launch.attempt_facts import JobPlace, own_status
 from trainer.launch.controller import Patience
 from trainer.launch.decision import Decision, Facts, decide
+from trainer.launch.finished import now_by_files
 from trainer.launch.job_end import JobEnd
 from trainer.launch.restart_record import Attempt
 from trainer.launch.slurm_commands import JobFacts, Node, SlurmCommandError, SlurmRefusedError
@@ -42,6 +43,9 @@ def facts(**changes: Any) -> Facts:
         ({"code": 137, "status_code": 75, "wants_requeue": True}, "requeue", 75),  # launchers change exit codes
         ({"code": 75}, "requeue", 75),  # a status of a trainer that doesn't say `requeue`
         ({"code": 75, "status_code": 75, "wants_requeue": False}, "stop", 75),  # a person's stop
+        ({"code": 1, "status_code": 1, "wants_requeue": False}, "stop", 1),  # died after it had accepted that
+        ({"code": 1, "without_progress": 3, "preempted": True}, "retry", 1),
+        ({"code": 1, "without_progress": 3, "back_already": True, "lost_nodes": ("node2",)}, "stop", 93),
         ({"code": 1, "status_code": 1}, "retry", 1),
         ({"code": 137}, "retry", 1),
         ({"code": 0}, "retry", 1),  # ended early, without a word
@@ -91,6 +95,9 @@ def test_restarts_are_counted_back_to_the_last_progress_and_the_last_person(tmp_
     assert count(read, "17", 5, 20) == 3
     assert count(read, "17", 5, 25) == 0
     assert count(read, "18", 0, 20) == 0, "another job was submitted by hand"
+    of_chain = [dataclasses.replace(attempt(job, 0, "stop", 20), script="a") for job in ("17", "18", "19")]
+    assert count([*of_chain, dataclasses.replace(attempt("20", 0, "running", 20), script="a")], "20", 0, 20) == 3
+    assert count([*of_chain, dataclasses.replace(attempt("20", 0, "running", 20), script="b")], "20", 0, 20) == 0
     assert restart_record.retries(read, "17", 5) == 3
     restart_record.write(tmp_path, attempt("17", 5, "stop", 20))
     assert count(restart_record.read(tmp_path), "17", 6, 20) == 0, "scontrol requeue by hand after the stop"
@@ -336,11 +343,73 @@ def test_rest_of_a_chain_does_not_try_what_was_given_up(
     tmp_path: Path, submitted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_hand, of_chain = submitted("19", time.time() + 1), submitted("18", time.time() - 60)
-    given_up = Attempt(job="17", restart=3, decision="stop", exit_code=93, started_unix=1.0, time_unix=time.time())
-    restart_record.write(tmp_path, given_up)
+    ended = attempt("17", 3, "stop", 5)
+    restart_record.write(tmp_path, ended)
+    assert requeue.begin(tmp_path, of_chain) == 0, "the next job may help"
+    # The node's clock may be an hour ahead.
+    ended = dataclasses.replace(ended, given_up_unix=now_by_files(tmp_path), time_unix=time.time() + 3600)
+    restart_record.write(tmp_path, ended)
     assert requeue.begin(tmp_path, of_chain) == 93
+    restart_record.write(tmp_path, dataclasses.replace(attempt("17", 4, "requeue", 5)))
+    assert requeue.begin(tmp_path, of_chain) == 0, "put back into the queue by hand"
+    restart_record.write(tmp_path, dataclasses.replace(ended, restart=5))
     monkeypatch.setenv("SLURM_JOB_ID", "19")
     assert requeue.begin(tmp_path, by_hand) == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "retryable", "final"),
+    [
+        ({"state": "stopped", "exit_code": 75, "requeue": False}, True, True),
+        ({"state": "running", "requeue": False}, True, True),
+        ({"state": "failed", "exit_code": 93}, True, True),
+        ({"state": "failed", "exit_code": 2}, True, False),
+        ({"state": "running"}, True, False),
+        ({"state": "running"}, False, True),
+    ],
+    ids=["person", "person, and died", "gave up", "refused", "failed", "would fail again"],
+)
+def test_rest_of_a_chain_ends_with_the_run(
+    tmp_path: Path,
+    submitted: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    status: dict[str, Any],
+    retryable: bool,
+    final: bool,
+) -> None:
+    Slurm(monkeypatch)
+    first, second = submitted("17", time.time() - 60), submitted("18", time.time() - 60)
+    assert requeue.begin(tmp_path, first) == 0
+    write_status(tmp_path, status)
+    (tmp_path / "failure.json").write_text(json.dumps({"retryable": retryable, "time_unix": time.time()}))
+    settle(tmp_path, int(status.get("exit_code", 1)), first)
+    assert (requeue.begin(tmp_path, second) == 93) == final
+    assert requeue.begin(tmp_path, submitted("19", time.time() + 60)) == 0
+
+
+def test_chain_that_gets_nowhere_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submitted: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the site refuses to requeue, or kills: each job starts once."""
+    slurm = Slurm(monkeypatch, restarts=0)
+    monkeypatch.setattr(requeue, "nodes_of", lambda names: [])
+
+    def refuse(_job: str) -> None:
+        raise SlurmRefusedError("Requested operation is presently disabled")
+
+    monkeypatch.setattr(job_end, "requeue_job", refuse)
+    monkeypatch.setattr(requeue, "script_name", lambda *_: "submit-0001.sbatch")
+    codes = list[int]()
+    for job in ("17", "18", "19", "20"):
+        place = submitted(job, time.time() - 60)
+        assert requeue.begin(tmp_path, place) == 0
+        if job != "18":  # killed
+            codes.append(settle(tmp_path, 1, place)[0])
+    assert codes == [1, 1, 93]
+    assert [one.decision for one in restart_record.read(tmp_path)] == ["stop", "lost", "stop", "stop"]
+    assert requeue.begin(tmp_path, submitted("21", time.time() - 60)) == 93
+    assert "gave up (3 restarts in a row" in capsys.readouterr().err
+    assert slurm.requeued == []
 
 
 def test_decision_is_only_data() -> None:

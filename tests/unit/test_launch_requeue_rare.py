@@ -10,7 +10,7 @@ from test_launch_requeue import PLACE, Slurm, failure, settle
 from test_launch_slurm import PLAN
 
 from trainer.core.status_file import write_status
-from trainer.launch import excluded_nodes, job_end, requeue, restart_record, slurm_commands
+from trainer.launch import avoided_nodes, excluded_nodes, job_end, requeue, restart_record, slurm_commands
 from trainer.launch.attempt_facts import JobPlace
 from trainer.launch.controller import Patience
 from trainer.launch.job_end import JobEnd
@@ -93,6 +93,60 @@ def test_a_persons_stop_holds_at_the_time_limit(tmp_path: Path, monkeypatch: pyt
     slurm.job = dataclasses.replace(slurm.job, restarts=2)
     assert settle(tmp_path, 75, place)[0] == 75
     assert slurm.cancelled == ["18"], "preempted while it stopped"
+
+
+def test_a_persons_stop_holds_where_the_batch_host_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = Slurm(monkeypatch, state="COMPLETING", reason="TimeLimit")
+    monkeypatch.setattr(requeue, "show_job", lambda job: slurm.job)
+    monkeypatch.setattr(requeue, "requeue_job", slurm.requeued.append)
+    assert requeue.begin(tmp_path, PLACE) == 0
+    write_status(tmp_path, {"state": "running", "requeue": False})
+    requeue.at_limit(tmp_path, PLACE)
+    assert slurm.requeued == []
+    again = dataclasses.replace(PLACE, restart=PLACE.restart + 1)
+    assert requeue.begin(tmp_path, again) == 93
+    assert "a person asked the run to stop" in restart_record.read(tmp_path)[-1].reason
+    assert requeue.begin(tmp_path, again) == 0, "put back into the queue by hand"
+
+
+@pytest.mark.parametrize("by_slurm", [True, False], ids=["PreemptMode=REQUEUE", "PreemptMode=CANCEL"])
+def test_preemption_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], by_slurm: bool
+) -> None:
+    slurm = Slurm(monkeypatch, state="COMPLETING", preempted=not by_slurm)
+    monkeypatch.setattr(requeue, "show_job", lambda job: slurm.job)
+    monkeypatch.setattr(requeue, "requeue_job", slurm.requeued.append)
+    monkeypatch.setattr(requeue, "nodes_of", lambda names: [])
+    for restart in range(6):
+        place = dataclasses.replace(PLACE, restart=restart)
+        assert requeue.begin(tmp_path, place) == 0
+        slurm.job = dataclasses.replace(slurm.job, restarts=restart + by_slurm)
+        requeue.at_limit(tmp_path, place)
+        if restart % 2:  # else killed before it could say so
+            settle(tmp_path, 75, place)
+    attempts = restart_record.read(tmp_path)
+    assert [one.decision for one in attempts] == ["scheduler"] * 6
+    assert restart_record.retries(attempts, "17", 6) == 0
+    assert by_slurm == (not slurm.requeued)
+    assert "5 times in a row without a new checkpoint" in capsys.readouterr().err
+
+
+def test_a_new_job_avoids_nodes_that_the_run_failed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [slurm_commands.Node(f"node{number}", "idle", frozenset(), gpus=8) for number in range(1, 5)]
+    monkeypatch.setattr(avoided_nodes, "nodes_of", lambda partition: nodes)
+    plan = dataclasses.replace(PLAN, run_directory=tmp_path, nodes=2, exclude="node[1]", constraint=None)
+    plan = dataclasses.replace(plan, memory_per_node=None, reservation=None, gpus_per_node=8)
+    said = list[str]()
+    assert avoided_nodes.with_avoided_nodes(plan, said.append) == plan
+    excluded_nodes.note_suspects(tmp_path, {"node2": "failed"}, "16")
+    excluded_nodes.note_suspects(tmp_path, {"node3": "failed"}, "16")
+    script = render(avoided_nodes.with_avoided_nodes(plan, said.append))
+    assert "#SBATCH --exclude=node[1],node3\n" in script
+    assert "--exclude 'node[1]'" in script, "what the user leaves out is kept apart"
+    assert "node3" in said[0]
+    assert "node2" in said[1], "too few would remain"
+    bound = dataclasses.replace(plan, reservation="r")
+    assert avoided_nodes.with_avoided_nodes(bound, said.append) == bound
 
 
 def test_what_fails_or_stops_before_the_ranks_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

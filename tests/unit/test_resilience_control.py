@@ -52,6 +52,7 @@ def test_a_stop_is_obeyed_once(run: Run) -> None:
     assert run.control.stop is not None
     assert (run.control.stop.reason, run.control.stop.by_person) == ("trainer control stop by ada@login", True)
     assert run.status["control"]["state"] == "accepted"
+    assert run.status["requeue"] is False, "said before the last save, which may fail"
     run.start(2)
     run.look(3)
     assert run.control.stop is None, "the restart must not stop again"
@@ -62,6 +63,7 @@ def test_a_batch_scripts_stop_is_no_persons_until_a_person_says_so(run: Run) -> 
     run.look(1)
     assert run.control.stop is not None
     assert not run.control.stop.by_person
+    assert "requeue" not in run.status
     stop_path(run.directory).touch()
     run.look(2)
     assert run.control.stop.by_person

@@ -183,11 +183,13 @@ def _hand_over(
     *, dry_run: bool,
 ) -> None:  # fmt: skip
     """Render the script and submit it for the runs in ``directories``, or show it."""
+    from trainer.launch.avoided_nodes import with_avoided_nodes
     from trainer.launch.slurm import render
     from trainer.launch.stale_stop import withdraw_stale_stop
     from trainer.launch.submit import refuse_stopped, submit_chain, write_script
     from trainer.launch.submit import submit as submit_job
 
+    plan = with_avoided_nodes(plan, lambda text: typer.echo(text, err=True))
     script = render(plan)
     if site:
         typer.echo(f"profile: {site.name} ({site.path})", err=True)

@@ -9,6 +9,7 @@ from trainer.launch.restart_record import DecisionName
 
 MAXIMUM_WITHOUT_PROGRESS = 3
 """Automatic restarts in a row without a new checkpoint, after which another one would be a waste."""
+_STOPPED = "a person asked the run to stop"
 _ENDED_BY_SLURM = ("TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL")
 """States of a job that SLURM ended for reasons of its own: it may go on."""
 
@@ -55,6 +56,8 @@ class Decision:
     name: DecisionName
     reason: str
     exit_code: int
+    final: bool = False
+    """No other job is to start in its place: a person wants it so, or it would end the same way."""
 
     @property
     def restart(self) -> bool:
@@ -67,26 +70,35 @@ def decide(facts: Facts) -> Decision:
     if facts.finished:
         return Decision("done", "the run has finished", EXIT_OK)
     code, cause = end_code(facts), _cause(facts)
-    if facts.back_already:
+    stuck = facts.without_progress >= MAXIMUM_WITHOUT_PROGRESS and not facts.preempted
+    if facts.back_already and not (stuck and facts.lost_nodes):
         return Decision(*_scheduler(facts), code)
     if code in (EXIT_REFUSED, EXIT_DO_NOT_RESTART):
-        return Decision("stop", cause, code)
-    if code == EXIT_REQUEUE and facts.wants_requeue is False:
-        return Decision("stop", f"a person asked the run to stop, saved at step {facts.step}", code)
+        return Decision("stop", cause, code, final=code == EXIT_DO_NOT_RESTART)
+    if facts.wants_requeue is False:
+        saved = code == EXIT_REQUEUE
+        why = f"{_STOPPED}, saved at step {facts.step}" if saved else stopped_unsaved(facts.step, cause)
+        return Decision("stop", why, code, final=True)
     if _cancelled(facts):
         return Decision("stop", f"the job is {facts.job_state}: cancelled", code)
     saved = code == EXIT_REQUEUE
     if not saved and not facts.retryable:
-        return Decision("stop", f"{cause}; another start would fail the same way", code)
-    if facts.without_progress >= MAXIMUM_WITHOUT_PROGRESS:
-        return Decision("stop", no_progress(facts.without_progress, facts.step, cause), EXIT_DO_NOT_RESTART)
-    if not saved and facts.retries >= facts.max_restarts:
+        return Decision("stop", f"{cause}; another start would fail the same way", code, final=True)
+    if stuck:
+        reason = no_progress(facts.without_progress, facts.step, cause)
+        return Decision("stop", reason, EXIT_DO_NOT_RESTART, final=True)
+    if not saved and facts.retries >= facts.max_restarts and not facts.preempted:
         limit = f"started again after {facts.retries} failures already (launch.slurm.max_restarts)"
         return Decision("stop", f"{cause}; {limit}", code)
     if not saved:
         return Decision("retry", cause, code)
     why = f"saved at step {facts.step}" if facts.started else "asked to stop before the ranks were started"
     return Decision("requeue", why, code)
+
+
+def stopped_unsaved(step: int, cause: str) -> str:
+    """Return why a job stays ended whose last save, which a person asked for, may be missing."""
+    return f"{_STOPPED}, and it did not end as asked ({cause}); the newest checkpoint is of step {step}"
 
 
 def no_progress(restarts: int, step: int, cause: str) -> str:

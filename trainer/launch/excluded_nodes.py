@@ -73,10 +73,7 @@ def _parse(content: object) -> ExcludedNode | None:
 
 
 def excluded_now(run_directory: Path, maximum: int) -> list[str]:
-    """Return the hosts that the next attempt should avoid: the ``maximum`` that failed last, in the last hours.
-
-    For `trainer submit`, which adds them to ``--exclude``.
-    """
+    """Return the hosts that the next attempt should avoid: the ``maximum`` that failed last, in the last hours."""
     since = time.time() - EXCLUDED_SECONDS
     newest_first = sorted(read(run_directory), key=lambda node: node.time_unix, reverse=True)
     return [node.host for node in newest_first if node.time_unix >= since][:maximum]

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.core.done_file import done_path
-from trainer.core.errors import EXIT_DO_NOT_RESTART
 from trainer.launch.restart_record import Attempt
-from trainer.launch.submit import script_of_job
+from trainer.launch.submit import made_slurm_directory, script_of_job
 
 
 def finished_since_submission(run_directory: Path, environment: Mapping[str, str]) -> bool:
@@ -27,21 +26,44 @@ def finished_since_submission(run_directory: Path, environment: Mapping[str, str
 def given_up_since_submission(
     run_directory: Path, attempts: list[Attempt], environment: Mapping[str, str]
 ) -> Attempt | None:
-    """Return the end of another job, after this one was submitted, that said "do not restart"; None if there is none.
+    """Return the end of another job, after this one was submitted, with which the run was given up; None if none.
 
-    What a person submits afterwards begins anew.
+    What a person submits afterwards begins anew, and what a person puts back into the queue counts no more.
     """
-    last = attempts[-1] if attempts else None
-    if last is None or (last.decision, last.exit_code) != ("stop", EXIT_DO_NOT_RESTART):
-        return None
     submitted = _submitted_unix(run_directory, environment)
-    other = last.job != environment.get("SLURM_JOB_ID")
-    return last if other and submitted is not None and last.time_unix > submitted else None
+    if submitted is None:
+        return None
+    newest = {one.job: one for one in attempts if one.job != environment.get("SLURM_JOB_ID")}
+    given_up = [one for one in newest.values() if one.decision == "stop" and one.given_up_unix > submitted]
+    return max(given_up, key=lambda one: one.given_up_unix, default=None)
+
+
+def now_by_files(run_directory: Path) -> float:
+    """Return the time by the clock that dates files in the run directory, 0 where none can be written.
+
+    A node's own clock may be ahead of it: the end of a job would seem to be later than the next submission.
+    """
+    try:
+        marker = made_slurm_directory(run_directory) / "gave-up"
+        marker.touch()
+        return marker.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def script_name(run_directory: Path, environment: Mapping[str, str]) -> str:
+    """Return the file name of the script that this job was submitted with; empty where it is not known."""
+    script = _script(run_directory, environment)
+    return script.name if script is not None else ""
+
+
+def _script(run_directory: Path, environment: Mapping[str, str]) -> Path | None:
+    job = environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID", "")
+    return script_of_job(run_directory, job)
 
 
 def _submitted_unix(run_directory: Path, environment: Mapping[str, str]) -> float | None:
-    job = environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID", "")
-    script = script_of_job(run_directory, job)
+    script = _script(run_directory, environment)
     try:
         return script.stat().st_mtime if script is not None else None
     except OSError:

@@ -18,6 +18,7 @@ from trainer.launch.attempt_facts import JobPlace, newest_step, own_status, say_
 from trainer.launch.controller import Patience
 from trainer.launch.decision import Decision, Facts, decide
 from trainer.launch.failure import newest_launch, summarise_launch
+from trainer.launch.finished import now_by_files
 from trainer.launch.restart_record import Attempt
 from trainer.launch.slurm_commands import (
     JobFacts,
@@ -68,8 +69,9 @@ class JobEnd:
         failure = self._failure(attempt.started_unix) if started else {}
         facts = self._facts(code, attempts, status, failure)
         facts = dataclasses.replace(facts, started=started, cause=cause or facts.cause)
-        decision, job, lost = decide(facts), None, list[Node]()
-        if decision.restart:  # else SLURM need not be asked
+        # Would it go on if SLURM had preempted it? Else SLURM need not be asked.
+        decision, job, lost = decide(dataclasses.replace(facts, preempted=True)), None, list[Node]()
+        if decision.restart:
             job, lost = self._ask_slurm()
             facts = dataclasses.replace(
                 facts,
@@ -183,9 +185,12 @@ class JobEnd:
         name = decision.name
         if name == "scheduler" and attempt.decision == "requeue":  # asked for at the time limit, while the ranks saved
             name = "requeue"
+        elif decision.restart and not facts.lost_nodes and (facts.preempted or attempt.decision == "scheduler"):
+            name = "scheduler"  # a preemption says nothing of the run
         entry = dataclasses.replace(
             attempt, attempt=own if type(own) is int else None, step=facts.step, decision=name,
             reason=decision.reason, exit_code=decision.exit_code, time_unix=time.time(),
+            given_up_unix=now_by_files(self.run_directory) if decision.final else 0.0,
         )  # fmt: skip
         with contextlib.suppress(OSError):
             restart_record.write(self.run_directory, entry)

@@ -17,7 +17,8 @@ SLURM or an administrator put the job back. lost: the attempt ended without a wo
 stop: the job stays ended."""
 _NAME = "restarts.json"
 _VERSION = 1
-_COUNTED = ("requeue", "retry", "lost")
+_COUNTED = ("requeue", "retry", "lost", "stop")
+"""A stop: of an earlier job of the chain, which could not go back into the queue, say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,10 @@ class Attempt:
     """SLURM was asked to start the job again before the ranks had ended."""
     time_unix: float = 0.0
     """When it was decided."""
+    script: str = ""
+    """File name of what was submitted; the jobs of a chain have the same."""
+    given_up_unix: float = 0.0
+    """When it was decided that no other job is to start instead, by the clock that dates files; 0: it was not."""
 
 
 def read(run_directory: Path) -> list[Attempt]:
@@ -97,17 +102,36 @@ def find(attempts: Sequence[Attempt], job: str, restart: int) -> Attempt | None:
 def restarts_without_progress(attempts: Sequence[Attempt], job: str, restart: int, step: int) -> int:
     """Return how many automatic restarts in a row led to no checkpoint beyond ``step``, before start ``restart`` ends.
 
-    Counted back from the start before, within the job and to the last decision that ended it: what a person starts
-    begins anew. Restarts that SLURM made (preemption) say nothing of the run and are passed over. Starts that could not
-    be recorded count, whatever they were: else a job that can't write would start again for ever.
+    Counted back from the start before, within the job and the chain that it belongs to, and to the last decision that
+    ended it: what a person starts begins anew. Restarts that SLURM made (preemption) say nothing of the run and are
+    passed over. Starts that could not be recorded count, whatever they were: else a job that can't write would start
+    again for ever.
     """
     count = _unrecorded(attempts, job, restart)
-    for one in _series(attempts, job, restart):
+    own = find(attempts, job, restart)
+    for one in _series(attempts, job, restart, own.script if own else ""):
         if one.decision in _COUNTED:
             if one.step < step:
                 break
             count += 1
     return count
+
+
+def preemptions_without_progress(attempts: Sequence[Attempt], job: str, restart: int, step: int) -> int:
+    """Return how often in a row SLURM itself has put the job back since a checkpoint before ``step``."""
+    count = 0
+    for one in _series(attempts, job, restart):
+        if one.decision != "scheduler" or one.step < step:
+            break
+        count += 1
+    return count
+
+
+def before(attempts: Sequence[Attempt], job: str, restart: int, script: str) -> Attempt | None:
+    """Return the start before, of the job or else of its chain; None if there is none."""
+    if restart:
+        return find(attempts, job, restart - 1)
+    return next((one for one in reversed(attempts) if script and one.script == script and one.job != job), None)
 
 
 def _unrecorded(attempts: Sequence[Attempt], job: str, restart: int) -> int:
@@ -121,11 +145,17 @@ def retries(attempts: Sequence[Attempt], job: str, restart: int) -> int:
     return sum(one.decision in ("retry", "lost") for one in _series(attempts, job, restart))
 
 
-def _series(attempts: Sequence[Attempt], job: str, restart: int) -> list[Attempt]:
-    """Return the starts of ``job`` before ``restart``, newest first, as far back as a person began it."""
+def _series(attempts: Sequence[Attempt], job: str, restart: int, script: str = "") -> list[Attempt]:
+    """Return the starts before ``restart`` of ``job``, newest first, as far back as a person began it.
+
+    With those of the other jobs that were submitted by ``script``, where it is given.
+    """
     series: list[Attempt] = []
-    for one in reversed([one for one in attempts if one.job == job and one.restart < restart]):
-        if one.decision in ("stop", "done"):
+    for one in reversed(attempts):
+        own = one.job == job
+        if (one.restart >= restart) if own else (not script or one.script != script):
+            continue
+        if one.decision == "done" or one.given_up_unix or (own and one.decision == "stop"):
             break
         series.append(one)
     return series

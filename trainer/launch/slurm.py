@@ -65,6 +65,8 @@ class LaunchPlan:
     cpus_per_task: int | None = None
     memory_per_node: str | None = None
     exclude: str | None = None
+    avoid: tuple[str, ...] = ()
+    """Nodes that the run failed on lately, beside those that the user excludes."""
     signal_seconds: int = 120
     """Seconds before the time limit at which SLURM sends USR1 to the ranks."""
     reservation: str | None = None
@@ -228,7 +230,7 @@ def _directives(plan: LaunchPlan) -> list[str]:
         ("account", plan.account),
         ("qos", plan.qos),
         ("constraint", plan.constraint),
-        ("exclude", plan.exclude),
+        ("exclude", ",".join(filter(None, [plan.exclude, *plan.avoid])) or None),
         ("reservation", plan.reservation),
         ("licenses", plan.licenses),
         ("mail-type", plan.mail_type),

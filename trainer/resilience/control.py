@@ -69,6 +69,7 @@ class Control:
         self._saving: tuple[Command, int] | None = None
         self._log_level = 0
         self._asked: Stop | None = None
+        self._told = False
         self.stop: Stop | None = None
         """Why the run is to end after the step that was looked at last, None: it isn't."""
 
@@ -101,6 +102,10 @@ class Control:
         self.stop = self._asked
         if self._stop_step is not None and step >= self._stop_step and (self.stop is None or not self.stop.by_person):
             self.stop = Stop(f"trainer control stop-after {self._stop_step}", by_person=True)
+        if self.stop is not None and self.stop.by_person and not self._told:
+            # Already now: the job stays ended even where nobody lives to say how the last save went.
+            self._told = True
+            self._note(requeue=False)
         return saves, self._log_level
 
     def finish(self, newest_save: Save | None) -> None:
