@@ -85,11 +85,23 @@ def main() -> None:
     print_limits(costs, step, options.gpus)
 
 
+def finite_hours(text: str) -> float:
+    """Return the hours that an argument names. Raises argparse.ArgumentTypeError."""
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = math.nan
+    if not 0 < hours < math.inf:
+        rule = "must be a finite number above 0: without failures no checkpoint is needed"
+        raise argparse.ArgumentTypeError(f"{text}: {rule}; give the hours between two failures of the job")
+    return hours
+
+
 def arguments() -> argparse.ArgumentParser:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=1024)
-    parser.add_argument("--mtbf-hours", type=float, help="of the whole job; instead of Llama 3's rate")
+    parser.add_argument("--mtbf-hours", type=finite_hours, help="of the whole job; instead of Llama 3's rate")
     parser.add_argument("--run", type=Path, help="take the costs that this run has measured")
     for name, what in (
         ("step", "one optimizer step"),

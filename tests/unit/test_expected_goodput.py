@@ -152,3 +152,13 @@ def test_a_thousand_gpus_reach_the_goal(capsys, monkeypatch, tmp_path) -> None:
     said = capsys.readouterr().out
     for row in ("| step | 2.5 |", "| blocked | 1.5 |", "| durable | 4 |"):
         assert f"{row} measured in {tmp_path} |" in said
+
+
+@pytest.mark.parametrize("hours", ["inf", "nan", "0", "many"])
+def test_a_job_that_never_fails_is_refused(
+    hours: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["simulate_goodput.py", "--mtbf-hours", hours])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"argument --mtbf-hours: {hours}: must be a finite number above 0" in capsys.readouterr().err

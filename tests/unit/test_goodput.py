@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from trainer.cli.main import app
 from trainer.core.environ import allocated_since
-from trainer.core.status_file import write_status
+from trainer.core.errors import RefusedError
+from trainer.core.status_file import read_status, write_status
+from trainer.launch.failure import note_in_status
 from trainer.telemetry.attempt_files import close_books, read_attempts, timing_path, write_times
 from trainer.telemetry.attempt_times import AttemptTimes
 from trainer.telemetry.goodput import PARTS, divide, goodput, split_text
@@ -222,7 +224,7 @@ def test_others_say_how_a_killed_attempt_ended(run: Path) -> None:
     (run / "failure.json").write_text(json.dumps(failure | {"time_unix": 900.0}))  # of an older failure
     (times,) = read_attempts(run)
     assert (times.end_unix, times.reason) == (1120.0, "the ranks ended without a word")  # said 50 years later
-    killed.slurm_job_id = "17"
+    killed.launch = "slurm-17-0-1"
     write_times(run, killed)
     for launch, reason in (("slurm-17-0-1", failure["cause"]), ("slurm-17-1-0", "the ranks ended without a word")):
         (run / "failure.json").write_text(json.dumps(failure | {"launch": launch}))
@@ -249,6 +251,37 @@ def test_a_report_of_a_restarted_run_names_each_start(run: Path) -> None:
     assert lines[-2:] == ["validation  best loss 2.5000 at step 40", "checkpoint  step 50"]
 
 
+def test_a_killed_run_is_told_by_the_newest_that_is_known(run: Path) -> None:
+    write_times(run, attempt(1, 1000.0, 0, 5, ended=1052.0))
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 5, "tokens": 1280, "loss": 2.0}) + "\n")
+    for said, step in ((0, 5), (None, 5), (6, 6)):  # not every step is logged
+        write_status(run, {"state": "running", "step": said, "total_steps": 8})
+        assert f"steps       {step} of 8, 1.28k tokens" in describe_report(collect_report(run))
+
+
+def test_a_start_that_had_no_number_yet_is_not_the_end_of_the_one_before(run: Path) -> None:
+    """Killed at 1120; the job waits in the queue, and its next start fails at 1500, before it says it is one."""
+    killed, _ = killed_once()
+    killed.ended_unix, killed.launch = None, "slurm-17-0-0"
+    write_times(run, killed)
+    write_status(run, {"state": "running", "attempt": 1, "step": 33})
+    cause = "rank 0 ended in start"
+    failure = {"version": 1, "time_unix": 1500.0, "class": "killed", "cause": cause, "launch": "slurm-17-0-1"}
+    (run / "failure.json").write_text(json.dumps(failure))
+    note_in_status(run, 1, cause, began=False, replaces_reason=False)
+    status = read_status(run)
+    assert status is not None
+    assert (status["state"], status["reason"], status.get("attempt")) == ("failed", cause, None)
+    (run / "status.json").write_text(json.dumps(status | {"updated_unix": 1500.0}))
+    (times,) = read_attempts(run)
+    assert (times.end_unix, times.outcome, times.reason) == (1120.0, None, None)
+    write_status(run, {"state": "running", "attempt": 1, "step": 33})
+    note_in_status(run, 1, cause, began=True, replaces_reason=False)
+    status = read_status(run)
+    assert status is not None
+    assert (status["reason"], status["attempt"]) == (cause, 1)
+
+
 def test_a_report_of_an_undisturbed_run_is_two_lines(run: Path) -> None:
     write_times(run, attempt(1, 1000.0, 0, 30, ended=1105.0, saves=1, save_seconds=2.0, outcome="finished"))
     write_status(run, {"state": "finished", "step": 30, "total_steps": 30, "last_checkpoint_step": 30})
@@ -261,6 +294,8 @@ def test_a_report_of_an_undisturbed_run_is_two_lines(run: Path) -> None:
     # C = 2 s, M = 3600 s: sqrt(2 C M) = 120 s = 60 steps
     assert "checkpoint.every_steps=60 (2m 00s)" in done.stdout or "checkpoint.every_steps=59" in done.stdout
     assert "Young 2m 00s" in done.stdout
+    with pytest.raises(RefusedError, match="--mtbf-hours = inf: must be a finite number"):
+        CliRunner().invoke(app, ["report", str(run), "--mtbf-hours", "inf"], catch_exceptions=False)
     found = json.loads(CliRunner().invoke(app, ["report", str(run), "--json"]).stdout)
     assert found["goodput"]["fraction"] == pytest.approx(60 / 105)
     assert found["attempts"][0]["outcome"] == "finished"

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import os
+import signal
 import time
+from multiprocessing.connection import Connection
+from typing import Literal
 
 import pytest
 
+from trainer.core import phases
 from trainer.core.phases import Board
+from trainer.telemetry.throughput import StepClock
 
 pytestmark = pytest.mark.fast
 
@@ -99,3 +106,45 @@ def test_threads_beside_say_nothing_of_the_loop() -> None:
     found = board.snapshot().collective
     assert found is not None
     assert found.name == "all_reduce"
+
+
+def measure_steps(kind: Literal["stop", "C"], answers: Connection) -> None:
+    """Measure a step in whose middle this process is stopped for 4 s, or in a call in C that holds the GIL so long."""
+    board, clock = phases.new_board(1000, 20), StepClock()
+    board.beat(0)
+    time.sleep(1.2)
+    board.mark("data", step=1)
+    clock.start_step()
+    board.mark("forward")
+    call = board.enter("all_reduce", "", 1)
+    answers.send("begun")
+    if kind == "C":
+        ctypes.PyDLL(None).usleep(4_000_000)  # idle: it burns as little time as a suspended process
+    else:
+        time.sleep(0.5)
+    board.leave(call)
+    times = clock.finish_step()
+    board.mark("data", step=2)
+    answers.send((times.step_seconds, board.waited_seconds, board.snapshot().allowed_seconds))
+
+
+@pytest.mark.parametrize(("kind", "least", "most"), [("stop", 0.3, 2.5), ("C", 3.9, 10.0)])
+def test_a_suspended_process_is_in_no_step_and_a_long_call_in_c_is(
+    kind: Literal["stop", "C"], least: float, most: float
+) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    answers, there = spawn.Pipe()
+    process = spawn.Process(target=measure_steps, args=(kind, there))
+    process.start()
+    try:
+        assert answers.recv() == "begun"
+        if kind == "stop":
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGSTOP)
+            time.sleep(4)
+            os.kill(process.pid, signal.SIGCONT)
+        found = answers.recv()
+    finally:
+        process.kill()
+        process.join()
+    assert all(least < seconds < most for seconds in found), found

@@ -137,9 +137,8 @@ def test_the_last_save_may_take_as_long_as_saves_do_and_counts_its_own_time_alon
     slow, said = SlowWriter(), list[CheckpointRecord]()
     sinks = cast("Fanout", SimpleNamespace(checkpoint=said.append, message=lambda text: None))
     engine = cast("Any", SimpleNamespace(iterate_state=list))
-    saver = Saver(
-        cast("CheckpointWriter", slow), engine, TrainState(step=6), dict, CheckpointConfig(), sinks, None, saved_step=0
-    )
+    state, settings = TrainState(step=6), CheckpointConfig()
+    saver = Saver(cast("CheckpointWriter", slow), engine, state, dict, settings, sinks, None, 0, good_step=0)
     saver.save(final=True)
     assert slow.allowed == [1000, 1800]
     assert [(record.step, record.blocked_seconds) for record in said] == [(5, 0.07), (6, 3.0)]

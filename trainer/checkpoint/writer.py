@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import socket
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +154,7 @@ class CheckpointWriter:
         ``protected`` are not deleted.
         """
         assert self._thread is None
-        started = time.perf_counter()
+        started = phases.working_seconds()
         if self._section is None:
             slices = list(slices)
             self.prepare(slices)
@@ -178,7 +177,7 @@ class CheckpointWriter:
             target=self._write_beside, args=(saved, [], facts, protected, started), name="checkpoint", daemon=True
         )
         self._thread.start()
-        saved.blocked_seconds = time.perf_counter() - started
+        saved.blocked_seconds = phases.working_seconds() - started
         return None
 
     @property
@@ -194,9 +193,9 @@ class CheckpointWriter:
         """Wait for the save in flight and return how it ended, None if there is none (or it takes too long)."""
         if self._thread is None:
             return None
-        started, seen = time.perf_counter(), phases.board.advances_beside
+        started, seen = phases.working_seconds(), phases.board.advances_beside
         end = math.inf if timeout_seconds is None else started + timeout_seconds
-        while self._thread.is_alive() and (left := end - time.perf_counter()) > 0:
+        while self._thread.is_alive() and (left := end - phases.working_seconds()) > 0:
             self._thread.join(min(_LOOK_SECONDS, left))
             if phases.board.advances_beside != seen:  # waiting for a thread that is stuck is no progress
                 seen = phases.board.advances_beside
@@ -205,7 +204,7 @@ class CheckpointWriter:
             return None
         saved, self._thread, self._in_flight = self._in_flight, None, None
         assert saved is not None
-        saved.blocked_seconds += time.perf_counter() - started
+        saved.blocked_seconds += phases.working_seconds() - started
         return saved
 
     def drop_after(self, step: int) -> None:
@@ -249,7 +248,7 @@ class CheckpointWriter:
             saved.error, self._broken = f"{type(error).__name__}: {error}", True
         if saved.error is not None:
             saved.error = f"checkpoint of step {saved.step} was not written: {saved.error}"
-        saved.seconds = time.perf_counter() - started
+        saved.seconds = phases.working_seconds() - started
 
     def _protocol(
         self, step: int, entries: list[Entry], facts: dict[str, Any], protected: Collection[int]

@@ -31,7 +31,7 @@ def which(
     first, count = _samples(run, recipe, step)
     if step > (last := total_steps(recipe)):
         typer.echo(f"note: the run ends at step {last}; this is what step {step} would read", err=True)
-    ledger = Ledger(recipe.data, recipe.run.seed)
+    ledger = Ledger.open(recipe.data, recipe.run.seed)
     decode = _decoder(recipe) if text else None
     digest = ledger.batch_hash(first, count)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -17,9 +18,12 @@ def report(
     ] = None,
 ) -> None:
     """Show what became of a run: steps, tokens, goodput and where the rest of the time went, every restart."""
-    from trainer.core.errors import RefusedError
+    from trainer.core.errors import Problem, RefusedError
     from trainer.telemetry.run_report import collect_report, describe_report, interval_lines
 
+    if mtbf_hours is not None and not math.isfinite(mtbf_hours):
+        rule = "must be a finite number: without failures no checkpoint is needed, and none is the best interval"
+        raise RefusedError(Problem("--mtbf-hours", mtbf_hours, rule, "give the hours between two failures of the job"))
     found = collect_report(run_directory)
     if found.goodput is None and found.state is None:
         raise RefusedError(f"{run_directory} holds no run that has started → give the run.directory of a recipe")

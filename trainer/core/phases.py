@@ -8,7 +8,9 @@ micro-batch, and what was written last is still there when the rank is stopped, 
 from __future__ import annotations
 
 import mmap
+import resource
 import struct
+import sys
 import threading
 import time
 from collections import deque
@@ -28,9 +30,13 @@ _RECENT_STEPS = 16
 _MOST_BLAMED = 16
 _SLOWER = 3.0
 """A save or evaluation may take so many times as long as the longest so far."""
+_BEAT_SECONDS = 1.0
+_LATE_SECONDS = 1.5
+"""So much later than meant, the heartbeat looks for what held it up."""
+_GIL_SHARE = 0.1
+"""Of the time of its delay, at least, the heartbeat was waiting for the GIL; otherwise it was suspended."""
 
-
-_Call = tuple[float, bytes, bytes, int, int]
+_Call = tuple[float, float, bytes, bytes, int, int]
 
 
 class _Section:
@@ -130,10 +136,13 @@ class Board:
         self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._step_seconds = 0.0
         self._entered_at = time.monotonic()
+        """As `working_seconds` counts."""
         self._phase: Phase = "start"
         self._step, self._rank = 0, 0
         self._started = False
         self._beating = False
+        self._beat_at = 0.0
+        self._suspended_seconds = 0.0
         self._numbers: dict[str, int] = {}
         self.waited_seconds = 0.0
         """Spent inside collectives of steps since the start. On GPUs they return before they are done."""
@@ -145,9 +154,18 @@ class Board:
 
     def beat(self, rank: int) -> None:
         """Run a thread that shows once a second that Python code can run. To be called in the rank."""
-        self._rank, self._beating = rank, True
+        self._rank, self._beating, self._beat_at = rank, True, time.monotonic()
         self._beat_once()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def working_seconds(self) -> float:
+        """Return time.monotonic() less the time that this process was suspended: what steps are measured by."""
+        if self._beating:
+            for _ in range(100):  # it has just gone on: the heartbeat must say for how long it had not
+                if time.monotonic() - self._beat_at <= _BEAT_SECONDS + _LATE_SECONDS:
+                    break
+                time.sleep(0.001)
+        return time.monotonic() - self._suspended_seconds
 
     def note_started(self) -> None:
         """Say that status.json is this start's from now on."""
@@ -164,13 +182,12 @@ class Board:
         allowed_seconds: float | None = None,
     ) -> None:
         """Say what begins now; ``allowed_seconds`` is that until the next word, where it can be known."""
-        now = time.monotonic()
-        self._measure(phase, now)
+        self._measure(phase, self.working_seconds())
         if step is not None:
             self._step = step
         allowed = self._allowed(phase) if allowed_seconds is None else allowed_seconds
         self._marked = (_PHASES.index(phase), self._step, micro_batch, allowed, detail.encode()[:192])
-        self._progress.write(self._memory, now, *self._marked)
+        self._progress.write(self._memory, time.monotonic(), *self._marked)
         if self._beating:
             faults.reach(f"phase.{phase}", rank=self._rank, step=self._step)
 
@@ -193,18 +210,16 @@ class Board:
         if self.quiet_threads and threading.get_ident() in self.quiet_threads:
             return None
         number = self._numbers[group] = self._numbers.get(group, 0) + 1
-        now = time.monotonic()
-        call = (now, name.encode(), group.encode(), number, elements)
-        self._collective.write(self._memory, *call, True)
+        call = (self.working_seconds(), time.monotonic(), name.encode(), group.encode(), number, elements)
+        self._collective.write(self._memory, *call[1:], True)
         return call
 
     def leave(self, call: _Call | None) -> None:
         """Note that it has returned."""
         if call is not None:
-            now = time.monotonic()
             if self._phase in STEP_PHASES:
-                self.waited_seconds += now - call[0]
-            self._collective.write(self._memory, now, *call[1:], False)
+                self.waited_seconds += self.working_seconds() - call[0]
+            self._collective.write(self._memory, time.monotonic(), *call[2:], False)
 
     def read_begins(self, path: str) -> None:
         """Note that a file is being read, in whatever thread."""
@@ -278,12 +293,33 @@ class Board:
         return self._slow_seconds if phase == "stop" else self._start_seconds
 
     def _beat(self) -> None:
+        switches = _waits()
         while True:
-            time.sleep(1.0)
+            time.sleep(_BEAT_SECONDS)
+            now, before = time.monotonic(), switches
+            switches = _waits()
+            late = now - self._beat_at - _BEAT_SECONDS
+            if late > _LATE_SECONDS and not _waited_for_gil(late, switches - before):
+                self._suspended_seconds += late
+            self._beat_at = now
             self._beat_once()
 
     def _beat_once(self) -> None:
         self._tick.write(self._memory, time.monotonic(), self._started)
+
+
+def _waits() -> int:
+    """Return how often this thread has waited for something so far."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw if sys.platform == "linux" else 0
+
+
+def _waited_for_gil(seconds: float, waits: int) -> bool:
+    """Return whether a thread that has waited so often was kept by the GIL, as by a long call in C.
+
+    Who wants it looks again after each switch interval (5 ms); a suspended process does nothing at all. Neither CPU
+    time nor what the other threads do can tell: C may hold the GIL and sleep, and many threads compute before a stop.
+    """
+    return sys.platform != "linux" or waits * sys.getswitchinterval() > _GIL_SHARE * seconds
 
 
 def _raised(
@@ -307,6 +343,11 @@ def new_board(start_seconds: float, slow_seconds: float) -> Board:
     global board
     board = Board(start_seconds, slow_seconds)
     return board
+
+
+def working_seconds() -> float:
+    """Return the clock that stands still while this process is suspended."""
+    return board.working_seconds()
 
 
 def mark(phase: Phase, *, step: int | None = None, micro_batch: int = -1, detail: str = "") -> None:

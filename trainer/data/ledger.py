@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,17 +42,19 @@ class SampleEntry:
 
 
 class Ledger:
-    """Look up samples by their global number. Raises DataError like the loader."""
+    """Look up samples by their global number. Raises DataError like the loader. Safe to use beside it."""
 
-    def __init__(self, data: DataConfig, seed: int) -> None:
-        self._length = data.sequence_length
-        self.sources: list[Source] = open_train_sources(data, None)
-        self._sampler = Sampler(
-            data,
-            seed,
-            [source.shards.fingerprint for source in self.sources],
-            [source.packing.num_samples for source in self.sources],
-        )
+    def __init__(self, sources: Sequence[Source], sampler: Sampler, sequence_length: int) -> None:
+        """``sources`` are opened ones, in the order of ``data.train``."""
+        self.sources, self._sampler, self._length = sources, sampler, sequence_length
+
+    @classmethod
+    def open(cls, data: DataConfig, seed: int) -> Ledger:
+        """Open the sources of a recipe; under ``best_fit`` that packs all of their documents."""
+        sources = open_train_sources(data, None)
+        fingerprints = [source.shards.fingerprint for source in sources]
+        counts = [source.packing.num_samples for source in sources]
+        return cls(sources, Sampler(data, seed, fingerprints, counts), data.sequence_length)
 
     def entries(self, first_sample: int, count: int) -> Iterator[SampleEntry]:
         """Yield the samples ``first_sample`` .. ``first_sample + count``."""

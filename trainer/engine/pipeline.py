@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -123,7 +122,7 @@ class StagedEngine:
         self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, requests: Requests
     ) -> StepResult:
         """Run one optimizer step. See TrainEngine."""
-        started = time.perf_counter()
+        started = phases.working_seconds()
         phases.mark("forward")
         set_accumulation(self._engine, len(batches))
         set_learning_rate(self._base, learning_rate)
@@ -156,7 +155,7 @@ class StagedEngine:
         def read() -> Reading:
             nonlocal boundary
             phases.mark("optimizer")
-            boundary = time.perf_counter()
+            boundary = phases.working_seconds()
             norm = self._grad_norm()
             totals.reduce_losses()
             return totals.read(norm)
@@ -170,7 +169,7 @@ class StagedEngine:
                 )
             )
         reading, applied = self._gate.verdict(overflow=getattr(self._engine.optimizer, "overflow", False))
-        return step_result(reading, applied, boundary - started, time.perf_counter() - boundary)
+        return step_result(reading, applied, boundary - started, phases.working_seconds() - boundary)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -114,7 +113,7 @@ class ZeroEngine:
         self, batches: Sequence[MicroBatch], accept: Accept, learning_rate: float, requests: Requests
     ) -> StepResult:
         """Run one optimizer step. See TrainEngine."""
-        started = time.perf_counter()
+        started = phases.working_seconds()
         phases.mark("forward")
         if isinstance(self._state, Zero3State):
             self._state.settle()
@@ -137,12 +136,12 @@ class ZeroEngine:
             if index + 1 == len(batches):
                 phases.mark("optimizer")
                 totals.reduce_losses()
-                boundary = time.perf_counter()
+                boundary = phases.working_seconds()
                 self._gate.arm(lambda: totals.read(self._grad_norm()), accept)
             self._engine.step()
         modules_left_early.forget()
         reading, applied = self._gate.verdict(overflow=getattr(self._engine.optimizer, "overflow", False))
-        return step_result(reading, applied, boundary - started, time.perf_counter() - boundary)
+        return step_result(reading, applied, boundary - started, phases.working_seconds() - boundary)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:

@@ -48,7 +48,7 @@ class Validation:
         )
 
     def _evaluate(self, source: ValidationSource, engine: TrainEngine, step: int) -> EvaluationRecord:
-        started = time.perf_counter()
+        started = phases.working_seconds()
         loss, count, number = 0.0, 0, 0
         batches = iter(self._batches(source))
         phases.mark("evaluate", step=step, detail=source.name)
@@ -67,6 +67,6 @@ class Validation:
             validation_loss=mean,
             perplexity=perplexity(mean),
             target_tokens=int(totals[1]),
-            seconds=time.perf_counter() - started,
+            seconds=phases.working_seconds() - started,
             time_unix=time.time(),
         )

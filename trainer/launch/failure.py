@@ -115,9 +115,12 @@ def is_first(directory: Path, name: str) -> bool:
 def note_in_status(run_directory: Path, exit_code: int, reason: str, *, began: bool, replaces_reason: bool) -> None:
     """Say in status.json how the run ended, where rank 0 has not or has repeated an echo's words.
 
-    ``began``: whether the status is of this start at all; it is that of the start before until training begins.
+    ``began``: whether the status is of this start at all; it is that of the start before until training begins, and
+    what is said then is the end of none that has a number: the one before ended earlier, perhaps before a wait.
     """
     fields = read_status(run_directory) or {}
+    if not began:
+        fields.pop("attempt", None)
     state = fields.get("state")
     silent = state == "running" or not began
     if silent or (state == "failed" and replaces_reason):

@@ -101,9 +101,8 @@ def _said_by_failure_file(run_directory: Path, times: AttemptTimes) -> tuple[flo
     """Return when and why the newest failed attempt ended, as those said who watched the ranks."""
     failure = read_failure(run_directory) or {}
     launch = str(failure.get("launch", ""))
-    own = f"slurm-{times.slurm_job_id}-{times.slurm_restarts}-"
-    if times.slurm_job_id and launch.startswith("slurm-") and not launch.startswith(own):
-        return None  # by the check of the nodes that the job got next
+    if times.launch and launch != times.launch:
+        return None  # by the check of the nodes that the job got next, or a start that ended before it had a number
     at, cause = failure.get("time_unix"), failure.get("cause")
     return (at, cause) if isinstance(at, float) and isinstance(cause, str) else None
 

@@ -19,6 +19,8 @@ class AttemptTimes:
     """Number of the start, counted from 1."""
     world_size: int = 1
     nodes: int = 1
+    launch: str = ""
+    """Name of the launch, as in failure.json; empty in files of older trainers."""
     slurm_job_id: str = ""
     slurm_restarts: int = 0
     allocated_since_unix: float = 0.0

@@ -69,7 +69,11 @@ def collect_report(run_directory: Path) -> RunReport:
         run_directory=str(run_directory),
         state=_text(status.get("state")),
         reason=_text(status.get("reason")),
-        step=_whole(status.get("step")),
+        # status.json may be some seconds older than the end of a run that was killed.
+        step=max(
+            (step for step in (_whole(status.get("step")), _whole(newest.get("step"))) if step is not None),
+            default=None,
+        ),
         total_steps=_whole(status.get("total_steps")),
         tokens=_whole(newest.get("tokens")),
         loss=_number(newest.get("loss")),
@@ -137,7 +141,7 @@ def describe_report(report: RunReport) -> list[str]:
 def interval_lines(costs: MeasuredCosts, mtbf_hours: float, downtime_seconds: float | None = None) -> list[str]:
     """Return what `checkpoint.every_steps` should be if the job failed every ``mtbf_hours``, from measured costs.
 
-    ``downtime_seconds`` from a failure to the restore; None: the measured start-up.
+    ``mtbf_hours`` is finite. ``downtime_seconds`` from a failure to the restore; None: the measured start-up.
     """
     if costs.step_seconds is None or costs.save_blocked_seconds is None:
         return ["no interval can be advised: the run has measured no step or no save"]

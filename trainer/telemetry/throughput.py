@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.core.phases import working_seconds
+
 Phase = Literal["data_wait", "forward_backward", "optimizer"]
 _OTHER = "other"
 
@@ -31,10 +33,11 @@ class StepClock:
     """Split the wall time of a step into phases.
 
     A phase inside another is taken out of the outer one, so an engine may time ``optimizer`` within the caller's
-    ``forward_backward``. Host time: on a GPU a phase ends when its kernels are queued, unless it reads a result.
+    ``forward_backward``. Host time: on a GPU a phase ends when its kernels are queued, unless it reads a result. What
+    the process was suspended for belongs to no phase.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = working_seconds) -> None:
         self._clock = clock
         self._stack: list[str] = [_OTHER]
         self.start_step()

@@ -21,13 +21,13 @@ _SECONDS_BETWEEN_WRITES = 5.0
 class AttemptClock:
     """Rank 0's account of its time. A thread writes the file, so that it also tells how long a hang lasted."""
 
-    def __init__(self, run_directory: Path, attempt: int, world_size: int) -> None:
+    def __init__(self, run_directory: Path, attempt: int, world_size: int, launch: str) -> None:
         """Begin to count; nothing is written before :meth:`start`."""
         self._run_directory = run_directory
         _, job, restarts = slurm_job(os.environ) or ("", "", 0)
         started = process_started_unix()
         self.times = AttemptTimes(
-            attempt=attempt, world_size=world_size, slurm_job_id=job, slurm_restarts=restarts,
+            attempt=attempt, world_size=world_size, launch=launch, slurm_job_id=job, slurm_restarts=restarts,
             started_unix=started, allocated_since_unix=min(started, allocated_since(os.environ) or started),
         )  # fmt: skip
         self._before: list[AttemptTimes] = []

@@ -26,6 +26,7 @@ from trainer.core.environ import RankEnvironment
 from trainer.core.errors import CheckpointError
 from trainer.core.units import format_count
 from trainer.core.versions import untested
+from trainer.data.ledger import Ledger
 from trainer.data.loader import TrainLoader
 from trainer.engine.base import TrainEngine
 from trainer.engine.build import build_engine
@@ -48,7 +49,7 @@ from trainer.training.isolation import refuse_leak
 from trainer.training.loop import Parts
 from trainer.training.replica_check import ReplicaCheck
 from trainer.training.resume import Resumption, load_checkpoint, refuse_beyond_budget
-from trainer.training.saving import Saver
+from trainer.training.saving import Saver, newest_good_step
 from trainer.training.state import TrainState
 from trainer.training.stragglers import Stragglers
 from trainer.training.tokenizer import keep, load_on_first_rank, refuse_other_tokenizer
@@ -148,8 +149,12 @@ def build_parts(
         hook = Hook(recipe.checkpoint.hook, recipe.checkpoint.hook_timeout_seconds, run_directory)
     replicas = ReplicaCheck(engine, state, recipe.resilience.guard.replica_check_every_steps)
     saved_step = state.step if reader else -1
-    saver = Saver(writer, engine, state, facts, recipe.checkpoint, sinks, hook, saved_step, replicas.now)
-    guard = Guard(recipe.resilience, state, GuardLog(recipe) if environment.rank == 0 else None)
+    good_step = newest_good_step(run_directory, saved_step, state.guard.bad_since)
+    saver = Saver(writer, engine, state, facts, recipe.checkpoint, sinks, hook, saved_step, good_step, replicas.now)
+    guard_log = None
+    if environment.rank == 0:
+        guard_log = GuardLog(run_directory, Ledger(loader.sources, loader.sampler, recipe.data.sequence_length))
+    guard = Guard(recipe.resilience, state, guard_log)
     parts = Parts(
         recipe, derived, engine, loader, validation, state, sinks, saver, guard, replicas, ranks, open_sinks,
         requests,

@@ -7,11 +7,10 @@ import logging
 import math
 import time
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trainer.config.run import Recipe
+from trainer.core import phases
 from trainer.core.errors import TrainerError
 from trainer.data.ledger import Ledger
 from trainer.engine.base import StepResult
@@ -28,10 +27,10 @@ _SHOWN_DOCUMENTS = 3
 class GuardLog:
     """Appends to the file, which no restart and no rewind cuts back. Never raises: training goes on."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-        self._path = Path(recipe.run.directory) / "guard.jsonl"
-        self._ledger: Ledger | None = None
+    def __init__(self, run_directory: Path, ledger: Ledger) -> None:
+        """``ledger`` shares the loader's opened sources: to open them again may take longer than a step may."""
+        self._path = run_directory / "guard.jsonl"
+        self._ledger = ledger
 
     def note(
         self, step: int, action: str, verdict: Verdict, result: StepResult, samples: tuple[int, int],
@@ -72,15 +71,17 @@ class GuardLog:
 
     def _documents(self, first_sample: int, num_samples: int) -> list[dict[str, Any]]:
         """Return the first documents of a step, one more than are written; none where they can't be found."""
+        found: list[dict[str, Any]] = []
         try:
-            # Its own view of the shards: the loader's may be reading ahead on another thread.
-            self._ledger = self._ledger or Ledger(self._recipe.data, self._recipe.run.seed)
-            pieces = (
-                {"sample": entry.sample, "source": entry.source, "shard": piece.shard, "document": piece.document}
-                for entry in self._ledger.entries(first_sample, num_samples)
-                for piece in entry.pieces
-            )
-            return list(islice(pieces, _MOST_DOCUMENTS + 1))
+            for entry in self._ledger.entries(first_sample, num_samples):
+                phases.board.advance()  # each may need the index of a shard that was not read yet
+                found += [
+                    {"sample": entry.sample, "source": entry.source, "shard": piece.shard, "document": piece.document}
+                    for piece in entry.pieces
+                ]
+                if len(found) > _MOST_DOCUMENTS:
+                    break
+            return found[: _MOST_DOCUMENTS + 1]
         except (TrainerError, OSError, ValueError) as error:
             logger.warning("documents of samples from %d on: %s", first_sample, error)
             return []

@@ -15,6 +15,7 @@ from trainer.core import faults, phases
 from trainer.core.done_file import read_done, remove_done, write_done
 from trainer.core.environ import RankEnvironment
 from trainer.core.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, CorruptionError, RefusedError, TrainerError
+from trainer.core.failure_file import launch_name
 from trainer.core.logs import RankLog, open_rank_log
 from trainer.core.private import keep_private, make_run_directory
 from trainer.resilience.deadline import Durations
@@ -66,7 +67,8 @@ def _run(
         try:
             faults.reach("train.start", rank=environment.rank, step=0)
             if environment.rank == 0:
-                directory = RunDirectory(recipe, deepspeed_json, environment.world_size, say)
+                launch = launch_name(environment, os.environ)
+                directory = RunDirectory(recipe, deepspeed_json, environment.world_size, launch, say)
             code = _train(recipe, derived, deepspeed_json, environment, directory, log, stop, job_end)
         except BaseException as error:  # noqa: BLE001 - status.json must say how every run ended
             code = _report(error, environment, directory, log)

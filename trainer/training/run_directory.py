@@ -38,18 +38,23 @@ class RunDirectory:
     """Rank 0's hand on RUN/: claims it, writes down what runs, keeps status.json."""
 
     def __init__(
-        self, recipe: Recipe, deepspeed_json: dict[str, Any], world_size: int, say: Callable[[str], None] = print
+        self,
+        recipe: Recipe,
+        deepspeed_json: dict[str, Any],
+        world_size: int,
+        launch: str,
+        say: Callable[[str], None] = print,
     ) -> None:
         """Claim the directory, changing nothing in it. Raises RefusedError if another process is training in it.
 
-        ``say`` is told what became of a dead owner's lock.
+        ``launch`` is the name of the launch. ``say`` is told what became of a dead owner's lock.
         """
         self.path = Path(recipe.run.directory)
         make_run_directory(self.path, recipe.run.group_access)
         self._lock = RunLock(self.path, say=say)
         delete_leftovers(self.path)
         self.attempt = 1 + max((int(p.name) for p in self.path.glob("attempts/[0-9]*") if p.name.isdigit()), default=0)
-        self.clock = AttemptClock(self.path, self.attempt, world_size)
+        self.clock = AttemptClock(self.path, self.attempt, world_size, launch)
         self.before: dict[str, Any] = read_status(self.path) or {}
         """status.json as the start before left it."""
         self._status: dict[str, Any] = {"attempt": self.attempt, "restarts": self.attempt - 1}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from trainer.checkpoint import layout
 from trainer.checkpoint.hook import Hook
 from trainer.checkpoint.writer import CheckpointWriter, Saved
 from trainer.config.checkpoint import CheckpointConfig
@@ -22,6 +24,16 @@ _RESCUE_SECONDS = 30.0
 """What a failing rank gives a save in flight: the others must not wait long for its end."""
 
 
+def newest_good_step(run_directory: Path, saved_step: int, bad_since: int | None) -> int:
+    """Return the step of the checkpoint that a rewind would go back to, -1 if there is none.
+
+    A start in the middle of bad steps continues from ``saved_step``, which was saved among them.
+    """
+    if bad_since is None:
+        return saved_step
+    return max((step for step in layout.steps_with_manifest(run_directory) if step < bad_since), default=-1)
+
+
 class Saver:
     """Saves the state of a run; called by all ranks together, but for what says otherwise."""
 
@@ -35,10 +47,12 @@ class Saver:
         sinks: Fanout,
         hook: Hook | None,
         saved_step: int,
+        good_step: int,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         """``facts`` returns further fields of a manifest; ``hook`` is given on rank 0 alone.
 
+        ``saved_step`` is that of the newest checkpoint, ``good_step`` of the one a rewind would go back to; -1: none.
         ``check`` raises, on every rank alike, where the state is not worth saving.
         """
         self._check = check
@@ -52,7 +66,7 @@ class Saver:
         self._saved_step = saved_step
         self._best_saved = state.best.step
         self._begun_as_best = False
-        self._good_step = saved_step if state.guard.bad_since is None else -1
+        self._good_step = good_step
         self._begun_as_good = False
         self._told: Saved | None = None
         self._longest_seconds = 0.0

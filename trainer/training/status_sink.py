@@ -21,6 +21,7 @@ class StatusSink:
         self._directory = directory
         self._written = time.monotonic()
         self._events = (0, 0, 0)
+        self._step = resume_step
         last = resume_step or None
         first = {} if directory.started else {"resumed_step": resume_step}  # a rewind is no other start
         directory.status(state="running", step=resume_step, total_steps=total_steps, last_checkpoint_step=last, **first)
@@ -30,6 +31,7 @@ class StatusSink:
 
     def step(self, record: StepRecord) -> None:
         """Note the step; written at most every few seconds, but for what the guard did."""
+        self._step = record.step
         events = record.skipped, record.spikes, record.rewinds
         if events != self._events:
             self._events = events
@@ -47,6 +49,7 @@ class StatusSink:
     def checkpoint(self, record: CheckpointRecord) -> None:
         """Note a committed checkpoint, at once; training may be steps ahead of it."""
         self._directory.status(
+            step=max(self._step, record.step),
             last_checkpoint_step=record.step,
             last_checkpoint_seconds=record.seconds,
             last_checkpoint_blocked_seconds=record.blocked_seconds,
