@@ -150,6 +150,22 @@ def test_a_spike_is_rewound_and_a_restart_goes_on_alike(trainer: Trainer, layout
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+def test_a_restart_among_ignored_spikes_keeps_what_a_rewind_needs(trainer: Trainer) -> None:
+    # Steps 9 to 12 are spikes, that are ignored, and the checkpoints of 10 and 12 lie among them; step 13 is NaN.
+    path = recipe(
+        trainer, "streak", guard={"on_spike": "ignore", "on_nan": "rewind"},
+        checkpoint={"every_steps": 2, "keep_last": 1}, **LAYOUTS["zero2"],
+    )  # fmt: skip
+    bad = "poison.samples:*:64-95:spike,poison.samples:*:96-103:nan"
+    codes, output = train(trainer, path, f"{bad},train.step:*:11:kill")
+    assert codes == [-9, -9], output
+    codes, output = train(trainer, path, bad)
+    assert codes == [0, 0], output
+    (back,) = [event for event in events(trainer, "streak") if event["action"] == "rewound"]
+    assert (back["step"], back["rewind"]["to_step"]) == (13, 8)
+    assert trainer.status("streak")["resumed_step"] == 10
+
+
 def test_rewinds_end_where_the_spike_stays(trainer: Trainer) -> None:
     path = recipe(trainer, "endless", guard={"on_spike": "rewind", "max_rewinds": 2})
     codes, output = train(trainer, path, "poison.samples:*:96-9999:spike")
