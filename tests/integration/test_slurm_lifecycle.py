@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 STEPS = 40
 """Of the run that meets signals."""
+SUSPENDED_STEPS = 12
 LIMITED_STEPS = 5
-"""Of the run with a time limit. The learning rate is constant: it takes the first steps of the same."""
+"""Of the run with a time limit. The learning rate is constant: both take the first steps of the same."""
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,23 @@ def test_time_limit(slurm_cluster, reference, tmp_path):
     for rank in range(4):
         text = (run.directory / "logs" / f"rank-{rank:05d}.log").read_text()
         assert text.count("rank") > restarts  # appended
+
+
+def test_suspended(slurm_cluster, reference, tmp_path):
+    """A job that stands for longer than a hang may last is none, and the time counts for no step."""
+    recipe = sections(SUSPENDED_STEPS) | {"resilience": {"watchdog": {"grace_seconds": 4, "report_seconds": 0}}}
+    run = SlurmRun(slurm_cluster, reference[0], tmp_path / "run", recipe)
+    job = run.submit("train.step:*:*:pause0.3")
+    run.wait_for_step(4)
+    assert slurm_cluster.run(["scontrol", "suspend", job]).returncode == 0
+    stood_at = run.last_step
+    time.sleep(15)
+    assert run.last_step <= stood_at + 1, "it was not suspended"
+    assert slurm_cluster.run(["scontrol", "resume", job]).returncode == 0
+    assert slurm_cluster.wait(job, timeout=240) == "COMPLETED", run.log()
+    assert run.exact_lines() == reference[1][:SUSPENDED_STEPS]
+    assert [attempt["decision"] for attempt in run.attempts()] == ["done"]
+    assert max(line["step_seconds"] for line in run.lines()) < 10
 
 
 def test_signals_requeue_and_cancel(slurm_cluster, reference, tmp_path):
