@@ -38,7 +38,10 @@ def best_in(run: Path, step: int) -> dict[str, Any]:
     return manifest["state"]["train"]["best"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"parallel": {"pipeline": 2}}], ids=["ranks", "stages"])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, id="ranks"), pytest.param({"parallel": {"pipeline": 2}}, id="stages", marks=pytest.mark.sweep)],
+)
 def test_a_run_ends_finished_and_goes_on_with_more_patience(trainer: Trainer, settings: dict[str, Any]) -> None:
     run = f"patience-{len(settings)}"
     straight = trainer.recipe(f"{run}-straight", evaluation={"every_steps": 2}, **settings)

@@ -243,7 +243,9 @@ def test_what_an_output_may_be(trainer: Trainer, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "stale").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.sweep)]
+)
 def test_an_interrupted_export_leaves_what_was_there(trainer: Trainer, tmp_path: Path, number: int) -> None:
     run = run_of(trainer, "gpt2-pipeline2", "gpt2", **LAYOUTS["pipeline2"])
     export_checkpoint(run, tmp_path / "out")

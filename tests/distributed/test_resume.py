@@ -81,7 +81,7 @@ WARMUP = {"global_size": 12, "micro_size": 2, "warmup": {"start_size": 4, "incre
 
 @pytest.mark.parametrize(
     ("base", "dtype"),
-    [("zero2", "float32"), ("zero3", "bfloat16"), pytest.param("zero0", "bfloat16", marks=pytest.mark.sweep)],
+    [("zero2", "float32"), *(pytest.param(base, "bfloat16", marks=pytest.mark.sweep) for base in ("zero0", "zero3"))],
 )
 def test_killed_inside_a_batch_warmup_and_resumed_equals_undisturbed(trainer: Trainer, base: str, dtype: str) -> None:
     run = f"warmup-{base}-{dtype}"

@@ -1,4 +1,4 @@
-"""A diagonal of tests/distributed/resume_matrix.py: every layout, with both dtypes and both ways to save among them."""
+"""A diagonal of tests/distributed/resume_matrix.py, for the sweep: every layout, with both dtypes and both ways to save among them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
         yield Matrix(trainer)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("cell", DIAGONAL, ids=lambda cell: cell.name)
 def test_resumed_equals_undisturbed(matrix: Matrix, cell: Cell) -> None:
     matrix.prove(cell)

@@ -22,7 +22,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "overrides",
     [
         ("parallel.pipeline=2", "data.mask_documents=true", "model.freeze=['norm']"),
-        ("model.dtype=float32", "deepspeed.base=zero2", "optimizer.name=muon", "schedule.warmup_steps=3"),
+        pytest.param(
+            ("model.dtype=float32", "deepspeed.base=zero2", "optimizer.name=muon", "schedule.warmup_steps=3"),
+            marks=pytest.mark.sweep,
+        ),
         pytest.param(
             ("model.dtype=float32", "deepspeed.base=zero1", "optimizer.name=adagrad", "schedule.warmup_steps=3"),
             marks=pytest.mark.sweep,
