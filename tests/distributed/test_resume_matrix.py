@@ -1,4 +1,7 @@
-"""A diagonal of tests/distributed/resume_matrix.py, for the sweep: every layout, with both dtypes and both ways to save among them."""
+"""A diagonal of tests/distributed/resume_matrix.py, for the sweep.
+
+Every layout, with both dtypes and both ways to save among them.
+"""
 
 from __future__ import annotations
 

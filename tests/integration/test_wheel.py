@@ -80,6 +80,9 @@ def test_quick_start_runs_to_the_end(quickstart: tuple[Path, str]) -> None:
     assert "tensorboard --logdir" in output
     assert "Warning" not in output
     assert "DeepSpeed" not in output
+    # What it says to do on a cluster can be done.
+    [line] = [line for line in output.splitlines() if line.startswith("on a cluster")]
+    assert "#SBATCH --nodes=2" in run(line.removeprefix("on a cluster").split(), cwd=directory)
 
 
 def test_the_export_loads_in_plain_transformers_with_the_same_loss(quickstart: tuple[Path, str]) -> None:

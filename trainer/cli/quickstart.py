@@ -160,4 +160,4 @@ watch the curves     {program}/tensorboard --logdir {directory}/tensorboard
 train on             {program}/trainer train {recipe} run.steps=1000
 write more           {program}/trainer generate {directory}/export --prompt 'import '
 your own text        {program}/trainer data tokenize --input texts/ --tokenizer {directory}/tokenizer --output data/mine
-on a cluster         {program}/trainer submit {recipe} --nodes 2 --gpus-per-node 8 --dry-run""")
+on a cluster         {program}/trainer submit {recipe} batch.global_size=64 --nodes 2 --gpus-per-node 8 --dry-run""")
