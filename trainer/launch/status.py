@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any, cast
 from trainer.checkpoint.layout import step_directories
 from trainer.core.errors import RefusedError
 from trainer.core.failure_file import read_failure
+from trainer.core.json_values import number, text, whole
 from trainer.core.run_lock import holder
 from trainer.core.status_file import read_status
 from trainer.launch.queue import Job, Queue, ask_queue
@@ -128,11 +128,11 @@ def _collect(run_directory: Path, ids: list[str], queue: Queue) -> RunStatus | N
     if said is None and not ids and metrics is None and not checkpoints:
         return None
     fields, metrics = said or {}, metrics or _Metrics()
-    steps = [step for step in (_whole(fields.get("step")), metrics.step) if step is not None]
-    step, total = max(steps, default=None), _whole(fields.get("total_steps"))
+    steps = [step for step in (whole(fields.get("step")), metrics.step) if step is not None]
+    step, total = max(steps, default=None), whole(fields.get("total_steps"))
     jobs = queue.of(ids)
     current = _current(jobs)
-    state = _living_state(run_directory, _text(fields.get("state")), current.state if current else None)
+    state = _living_state(run_directory, text(fields.get("state")), current.state if current else None)
     remaining = None
     if fields.get("state") == "running" and step is not None and total is not None and metrics.step_seconds is not None:
         remaining = max(0, total - step) * metrics.step_seconds
@@ -146,13 +146,13 @@ def _collect(run_directory: Path, ids: list[str], queue: Queue) -> RunStatus | N
         step=step,
         total_steps=total,
         checkpoints=checkpoints,
-        restarts=_whole(fields.get("restarts")),
-        exit_code=_whole(fields.get("exit_code")),
-        reason=_text(fields.get("reason")),
-        updated_unix=_number(fields.get("updated_unix")),
+        restarts=whole(fields.get("restarts")),
+        exit_code=whole(fields.get("exit_code")),
+        reason=text(fields.get("reason")),
+        updated_unix=number(fields.get("updated_unix")),
         loss=metrics.loss,
-        best_validation_loss=_number(fields.get("best_validation_loss")),
-        best_step=_whole(fields.get("best_step")),
+        best_validation_loss=number(fields.get("best_validation_loss")),
+        best_step=whole(fields.get("best_step")),
         tokens_per_second=metrics.tokens_per_second,
         remaining_seconds=remaining,
         finish_unix=time.time() + remaining if remaining is not None and state == "running" else None,
@@ -186,17 +186,17 @@ def _living_state(run_directory: Path, said: str | None, job_state: str | None) 
 def _read_failure(run_directory: Path) -> Failure | None:
     """Return what RUN/failure.json says, None where it is missing or says nothing."""
     fields = read_failure(run_directory) or {}
-    kind, cause = _text(fields.get("class")), _text(fields.get("cause"))
+    kind, cause = text(fields.get("class")), text(fields.get("cause"))
     if kind is None and cause is None:
         return None
     return Failure(
         kind=kind,
         cause=cause,
-        fix=_text(fields.get("fix")),
-        rank=_whole(fields.get("rank")),
-        host=_text(fields.get("host")),
-        step=_whole(fields.get("step")),
-        time_unix=_number(fields.get("time_unix")),
+        fix=text(fields.get("fix")),
+        rank=whole(fields.get("rank")),
+        host=text(fields.get("host")),
+        step=whole(fields.get("step")),
+        time_unix=number(fields.get("time_unix")),
     )
 
 
@@ -213,17 +213,17 @@ def _read_metrics(path: Path) -> _Metrics | None:
     newest: dict[str, Any] | None = None
     recent: deque[float] = deque(maxlen=_RECENT_STEPS)
     for line in _json_lines(path):
-        if line.get("kind") == "evaluation" or _whole(line.get("step")) is None:
+        if line.get("kind") == "evaluation" or whole(line.get("step")) is None:
             continue
         newest = line
-        if (seconds := _number(line.get("step_seconds"))) is not None:
+        if (seconds := number(line.get("step_seconds"))) is not None:
             recent.append(seconds)
     if newest is None:
         return None
     return _Metrics(
-        step=_whole(newest.get("step")),
-        loss=_number(newest.get("loss")),
-        tokens_per_second=_number(newest.get("tokens_per_second")),
+        step=whole(newest.get("step")),
+        loss=number(newest.get("loss")),
+        tokens_per_second=number(newest.get("tokens_per_second")),
         step_seconds=sum(recent) / len(recent) if recent else None,
     )
 
@@ -241,17 +241,3 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                     yield cast("dict[str, Any]", content)
     except OSError:
         return
-
-
-def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _number(value: object) -> float | None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None

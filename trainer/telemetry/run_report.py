@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.core.durable import replace_text
+from trainer.core.json_values import number, text, whole
 from trainer.core.status_file import read_status
 from trainer.core.units import format_count, format_duration
 from trainer.telemetry.attempt_files import newest_lines, read_attempts
@@ -67,19 +67,19 @@ def collect_report(run_directory: Path) -> RunReport:
     parts = divide(attempts)
     return RunReport(
         run_directory=str(run_directory),
-        state=_text(status.get("state")),
-        reason=_text(status.get("reason")),
+        state=text(status.get("state")),
+        reason=text(status.get("reason")),
         # status.json may be some seconds older than the end of a run that was killed.
         step=max(
-            (step for step in (_whole(status.get("step")), _whole(newest.get("step"))) if step is not None),
+            (step for step in (whole(status.get("step")), whole(newest.get("step"))) if step is not None),
             default=None,
         ),
-        total_steps=_whole(status.get("total_steps")),
-        tokens=_whole(newest.get("tokens")),
-        loss=_number(newest.get("loss")),
-        best_validation_loss=_number(status.get("best_validation_loss")),
-        best_step=_whole(status.get("best_step")),
-        last_checkpoint_step=_whole(status.get("last_checkpoint_step")),
+        total_steps=whole(status.get("total_steps")),
+        tokens=whole(newest.get("tokens")),
+        loss=number(newest.get("loss")),
+        best_validation_loss=number(status.get("best_validation_loss")),
+        best_step=whole(status.get("best_step")),
+        last_checkpoint_step=whole(status.get("last_checkpoint_step")),
         wall_seconds=sum(part.allocated_seconds + part.waiting_seconds for part in parts) if parts else None,
         goodput=goodput(attempts),
         costs=measured_costs(attempts),
@@ -198,18 +198,4 @@ def _mean(total: float, count: int) -> float | None:
 
 
 def _is_step(line: dict[str, Any]) -> bool:
-    return line.get("kind") is None and _whole(line.get("step")) is not None
-
-
-def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _number(value: object) -> float | None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
+    return line.get("kind") is None and whole(line.get("step")) is not None
