@@ -42,7 +42,10 @@ PIPELINE = cases((0, 1), **STAGED)
 ALL = [(layout, case["name"]) for layout, made in (("zero", ZERO), ("pipeline", PIPELINE)) for case in made]
 CLIPPED = [(layout, name) for layout, name in ALL if name.startswith(("adamw", "offload"))]
 PLAIN = [(layout, name) for layout, name in ALL if name.startswith("zero")]
-VETOED = [(layout, name) for layout, name in ALL if name.startswith("veto")]
+VETOED = [
+    pytest.param(layout, name, marks=[pytest.mark.sweep] if number % 2 else [])
+    for number, (layout, name) in enumerate(case for case in ALL if case[1].startswith("veto"))
+]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,10 @@ def attempts(number: int) -> list[Attempt]:
     return [*chosen, Attempt(asynchronous=False), Attempt(asynchronous=True)]
 
 
-@pytest.mark.parametrize(("number", "layout_name"), list(enumerate(LAYOUTS)))
+@pytest.mark.parametrize(
+    ("number", "layout_name"),
+    [pytest.param(number, name, marks=[pytest.mark.sweep] if number else []) for number, name in enumerate(LAYOUTS)],
+)
 def test_a_run_killed_again_and_again_ends_as_one_left_in_peace(
     trainer: Trainer, number: int, layout_name: str
 ) -> None:
